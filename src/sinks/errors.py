@@ -1,0 +1,75 @@
+"""Every error that `sinks` raises on purpose, as one tree.
+
+    SinksError
+    ├── InvalidInput            a value that the caller gave is wrong
+    │   ├── CapacityError       sinks + window do not fit the model
+    │   └── TextTooShort        the text ends before anything is evicted
+    ├── UnsupportedModel        this model cannot stream, with the reason
+    ├── UnsupportedOption       the model can stream, but not with this option
+    ├── CacheError              a cache is used where it does not belong
+    │   ├── NotAttached         `attach(model)` was not called
+    │   └── BrokenCache         an earlier forward failed half-way
+    └── AssetError              a model or text could not be had
+        ├── UnknownName         no such model or text
+        ├── FetchError          the download failed
+        ├── ChecksumError       the file is not the one that was asked for
+        └── UnsafeCheckpoint    loading it would run code
+
+A message says what was given, what is wrong with it, and what to do, in one line.
+"""
+
+
+class SinksError(Exception):
+    """Base of every error raised on purpose by `sinks`."""
+
+
+class InvalidInput(SinksError, ValueError):
+    """A value that the caller gave is wrong."""
+
+
+class CapacityError(InvalidInput):
+    """Sinks and window do not fit the model, or do not fit each other."""
+
+
+class TextTooShort(InvalidInput):
+    """The text ends before anything would be evicted, so there is nothing to show."""
+
+
+class UnsupportedModel(SinksError):
+    """This model cannot be streamed; the message gives the reason."""
+
+
+class UnsupportedOption(SinksError):
+    """The model streams, but not with this option; nothing is silently ignored."""
+
+
+class CacheError(SinksError):
+    """A cache is used where it does not belong."""
+
+
+class NotAttached(CacheError):
+    """A `SinkCache` reached a model on which `attach` was not called."""
+
+
+class BrokenCache(CacheError):
+    """An earlier forward pass failed half-way, so this cache no longer holds one moment of the stream."""
+
+
+class AssetError(SinksError):
+    """A model or a text could not be had."""
+
+
+class UnknownName(AssetError):
+    """No model or text has this name, and no file or folder either."""
+
+
+class FetchError(AssetError):
+    """The download failed; the message says what to do without a network."""
+
+
+class ChecksumError(AssetError):
+    """The file that arrived is not the file that was asked for."""
+
+
+class UnsafeCheckpoint(AssetError):
+    """Loading this checkpoint would execute code that it contains."""
