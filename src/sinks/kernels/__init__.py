@@ -1,0 +1,7 @@
+"""Attention with sinks as pure functions: tensors in, tensors out. Knows no model and no cache."""
+
+from sinks.kernels.api import attend
+from sinks.kernels.phase import Rotary
+from sinks.kernels.scoring import Scoring
+
+__all__ = ["Rotary", "Scoring", "attend"]

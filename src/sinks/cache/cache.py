@@ -1,0 +1,216 @@
+"""`SinkCache`: endless streaming for a model of transformers, through its ordinary `past_key_values=`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from sinks.cache.arrival import Arrival
+from sinks.cache.plan import Plan
+from sinks.cache.ring import Ring
+from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
+from sinks.kernels.scoring import Scoring
+from sinks.models.families import Scheme, describe
+
+DEFAULT_SINKS = 4
+DEFAULT_WINDOW = 1020
+
+
+class SinkCache(Cache):
+    """The first `sinks` tokens and the last `window` of each row, for ever, in constant memory.
+
+    Make it with `SinkCache.for_model` and pass it as `past_key_values=` to `model(...)` or `model.generate(...)` of a
+    model on which `sinks.attach` was called. Feed it chunks of any size: the logits are those of feeding the tokens
+    one by one under StreamingLLM's rule (arXiv 2309.17453, section 3.2), which re-assigns positions inside the cache.
+    Rows are independent: a pad is never a key and never a sink. What has left the window is gone.
+    """
+
+    def __init__(self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int) -> None:
+        super().__init__(layers=[Ring(layer_plan(plan, layer.own_window)) for layer in scheme.layers])
+        self.plan = plan
+        self.start = start
+        self._scheme = scheme
+        self._rotaries = scheme.rotaries(plan.capacity)
+        self._owner = weakref.ref(owner)
+        self._seen: list[int] = []
+        self._offsets: list[int | None] = []
+        self._arrival: Arrival | None = None
+        self._broken = False
+
+    @classmethod
+    def for_model(
+        cls, model: PreTrainedModel, *, sinks: int = DEFAULT_SINKS, window: int = DEFAULT_WINDOW, start: int = 0
+    ) -> SinkCache:
+        """An empty cache for `model`: `sinks` first tokens and `window` recent ones, the current one included.
+
+        `start` is the stream position of the first token; any integer of 64 bits gives the same logits. A layer with
+        a sliding window of its own that is smaller than sinks + window keeps that window, and no sinks.
+
+        Raises InvalidInput for sizes that make no sense, CapacityError where sinks + window exceed what the model was
+        trained on, UnsupportedModel with the reason where the model cannot stream.
+        """
+        plan = Plan(sinks, window)
+        scheme = describe(model)
+        if scheme.trained_length is not None and plan.capacity > scheme.trained_length:
+            raise CapacityError(
+                f"sinks={sinks} + window={window} is {plan.capacity} positions, and this model was trained on "
+                f"{scheme.trained_length}: choose a smaller window"
+            )
+        cache = cls(scheme, plan, model.base_model, start)
+        if sinks and all(ring.plan.sinks == 0 for ring in cache.rings):
+            raise CapacityError(
+                f"every layer of this model has its own sliding window, smaller than sinks + window = {plan.capacity}, "
+                "so none would keep a sink: choose a smaller window"
+            )
+        return cache
+
+    # What is held
+
+    @property
+    def rings(self) -> list[Ring]:
+        """The layers, by their own name."""
+        return self.layers  # type: ignore[return-value]
+
+    @property
+    def sinks(self) -> int:
+        """First tokens kept for ever."""
+        return self.plan.sinks
+
+    @property
+    def window(self) -> int:
+        """Most recent tokens kept, the current one included."""
+        return self.plan.window
+
+    @property
+    def capacity(self) -> int:
+        """Most keys a layer ever holds: sinks + window."""
+        return self.plan.capacity
+
+    @property
+    def seen(self) -> list[int]:
+        """Real tokens fed so far, by row; empty before the first pass."""
+        return list(self._seen)
+
+    @property
+    def evicted(self) -> list[int]:
+        """Tokens let go so far, by row."""
+        return [self.plan.evicted(seen) for seen in self._seen]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in all layers; constant from the first pass on."""
+        return sum(ring.nbytes for ring in self.rings)
+
+    def visible(self, row: int = 0) -> list[int]:
+        """Which tokens of a row the newest one sees, counted from 0 in order of arrival."""
+        return self.plan.visible(self._seen[row]) if self._seen else []
+
+    # One forward pass, as an attached model drives it
+
+    def open_pass(self, model: object, shape: tuple[int, int], mask: Tensor | None, positions: Tensor | None) -> None:
+        """Begin a forward pass of `shape` = (rows, new columns). Called by the hooks of `attach`.
+
+        `mask` `[rows, columns]` is False at pads; `positions` `[1 | rows, columns]` are the model's own position ids,
+        if it was given any, and are only checked: the cache counts for itself.
+        """
+        rows, columns = shape
+        if self._owner() is not model:
+            raise CacheError("this SinkCache was made for another model: make one with SinkCache.for_model(model)")
+        if self._broken or self._arrival is not None:
+            self._broken = True
+            raise BrokenCache("an earlier forward pass failed half-way: reset() this cache and feed the stream again")
+        if self._seen and rows != len(self._seen):
+            raise InvalidInput(f"this cache holds {len(self._seen)} rows and was fed {rows}: reset() it first")
+        arrival = Arrival(self._seen or [0] * rows, columns, mask, self.start)
+        self._offsets = check_positions(positions, arrival, self._offsets or [None] * rows)
+        self._arrival = arrival
+        for ring in self.rings:
+            ring.accepts_update = True
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention of one layer's new tokens, `[rows, heads, columns, value_dim]`; then keep their keys and values.
+
+        `query` and `key` arrive unturned. `options` are `scale`, `softcap` and `sink_logits` of `Scoring`.
+        """
+        if self._arrival is None:
+            raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
+        ring, scheme = self.rings[layer], self._scheme.layers[layer]
+        rotary = None if scheme.rotary is None else self._rotaries[scheme.rotary]
+        scoring = Scoring(rotary=rotary, slopes=self._scheme.slopes, **options)
+        return ring.attend(query, key, value, self._arrival.blocks(ring.plan, query.device), scoring)
+
+    def close_pass(self, complete: bool) -> None:
+        """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""
+        arrival, self._arrival = self._arrival, None
+        for ring in self.rings:
+            ring.accepts_update = False
+        if arrival is None or not complete:
+            self._broken = True
+            return
+        self._seen = arrival.seen_after
+        for ring in self.rings:
+            ring.columns_fed += arrival.columns
+
+    # What transformers asks of a cache
+
+    def reset(self) -> None:
+        """Forget the stream and give its memory back; the cache can be used again."""
+        self._seen, self._offsets, self._arrival, self._broken = [], [], None, False
+        for ring in self.rings:
+            ring.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i continue the present row `beam_idx[i]` (beam search)."""
+        chosen = beam_idx.tolist()
+        self._seen = [self._seen[row] for row in chosen] if self._seen else []
+        self._offsets = [self._offsets[row] for row in chosen] if self._offsets else []
+        for ring in self.rings:
+            ring.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times, copies side by side."""
+        self.reorder_cache(torch.arange(len(self._seen)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what a ring has overwritten cannot be taken back."""
+        raise UnsupportedOption(
+            "a SinkCache cannot take tokens back, so assisted, speculative and prompt-lookup decoding do not run on it: "
+            "generate without them"
+        )
+
+
+def layer_plan(plan: Plan, own_window: int | None) -> Plan:
+    """A layer keeps its own sliding window where the cache would show it more; elsewhere it is a full layer."""
+    if own_window is None or own_window >= plan.capacity:
+        return plan
+    return Plan(0, own_window)
+
+
+def check_positions(positions: Tensor | None, arrival: Arrival, offsets: list[int | None]) -> list[int | None]:
+    """Refuse position ids that do not count each row's real tokens on by one (packed rows, a prompt fed twice).
+
+    Any constant offset is welcome, since only differences matter. Returns the offset of each row.
+    """
+    if positions is None:
+        return offsets
+    here = arrival.positions
+    given = positions.to(here.device).expand(here.shape[0], -1)
+    checked: list[int | None] = []
+    for row, known in enumerate(offsets):
+        found = (given[row] - here[row])[here[row] >= 0].unique().tolist()
+        if len(found) > 1 or (found and known is not None and found[0] != known):
+            raise UnsupportedOption(
+                f"position_ids of row {row} do not count on by one from the {arrival.seen[row]} tokens already seen: "
+                "feed each token once, in order, and packed sequences as rows of their own"
+            )
+        checked.append(found[0] if found else known)
+    return checked

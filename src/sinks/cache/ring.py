@@ -1,0 +1,134 @@
+"""One layer's keys and values: sinks in the first slots, the window as a ring behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sinks.cache.arrival import Block
+from sinks.cache.plan import Plan
+from sinks.errors import NotAttached, UnsupportedOption
+from sinks.kernels.chunked import attend_block
+from sinks.kernels.phase import rotate, table_dtype
+from sinks.kernels.scoring import Scoring
+
+
+class Ring(CacheLayerMixin):
+    """`[batch, kv_heads, capacity, head_dim]` keys, each turned once by its stream position, and their values."""
+
+    is_sliding = False
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.columns_fed = 0
+        self.accepts_update = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Claim the memory of every slot, once and for all."""
+        slots = (*key_states.shape[:2], self.plan.capacity)
+        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys through: the attention function, not the model, reads and writes the ring."""
+        if not self.accepts_update:
+            raise NotAttached("this model is not attached: call sinks.attach(model) before feeding it a SinkCache")
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads columns head_dim"],
+        key: Float[Tensor, "batch kv_heads columns head_dim"],
+        value: Float[Tensor, "batch kv_heads columns value_dim"],
+        blocks: list[Block],
+        scoring: Scoring,
+    ) -> Float[Tensor, "batch heads columns value_dim"]:
+        """Attend block by block, writing each block once it has been attended to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        with torch.no_grad():
+            parts = [
+                self._attend_block(query[:, :, b.columns], key[:, :, b.columns], value[:, :, b.columns], b, scoring)
+                for b in blocks
+            ]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring) -> Tensor:
+        recent_query = sink_query = query
+        if scoring.rotary is not None:
+            recent, in_cache = block.tables(scoring.rotary, table_dtype(query.dtype))
+            key = rotate(key, *recent, scoring.rotary)
+            recent_query = sink_query = rotate(query, *recent, scoring.rotary)
+            if in_cache is not None:
+                sink_query = rotate(query, *in_cache, scoring.rotary)
+        bias = block.bias(scoring.slopes, table_dtype(query.dtype))
+        if block.is_step:
+            self._write(key, value, block)
+            keys, values = self.keys[:, :, : block.filled], self.values[:, :, : block.filled]
+        else:
+            keys = torch.cat((self.keys[:, :, : block.filled], key), dim=2)
+            values = torch.cat((self.values[:, :, : block.filled], value), dim=2)
+        sinks = min(self.plan.sinks, block.filled)
+        out = attend_block(recent_query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring)
+        if not block.is_step:
+            self._write(key, value, block)
+        return out
+
+    def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
+        rows, slots, columns = block.writes
+        if rows is None:
+            self.keys.index_copy_(2, slots, key)
+            self.values.index_copy_(2, slots, value)
+        else:
+            self.keys[rows, :, slots] = key[rows, :, columns]
+            self.values[rows, :, slots] = value[rows, :, columns]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make row i a copy of the present row `rows[i]`."""
+        if self.is_initialized:
+            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+            self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.columns_fed = 0
+
+    def get_seq_length(self) -> int:
+        """Columns fed, pads included: what transformers cuts a prompt by."""
+        return self.columns_fed
+
+    def get_max_length(self) -> int:
+        """A stream has no end."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of a mask over everything fed; an attached model builds none."""
+        return self.columns_fed + query_length, 0
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets a stream run with gradients switched on, and says so when one is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedOption(
+            "a SinkCache is not differentiable: train with sinks.kernels.attend, or stream under torch.no_grad()"
+        )

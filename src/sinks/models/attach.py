@@ -1,0 +1,264 @@
+"""`attach(model)`: lets a model of transformers hand its unturned queries and keys to a streaming cache.
+
+Public hooks only. For a forward pass with a streaming cache, a hook on the model opens the pass, a hook on the rotary
+module replaces the position ids by zeros (so that queries and keys arrive unturned), and the registered attention
+function asks the cache. Any other pass goes to the model's own attention, bit for bit as before.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sinks.errors import CacheError, UnsupportedModel, UnsupportedOption
+from sinks.models.families import Scheme, describe
+from sinks.models.projections import PROJECTIONS, Projections, attention_modules
+from sinks.models.rotary import rotary_modules
+from sinks.types import StreamCache
+
+NAME = "sinks"
+# What the attention function may be given without its changing anything: the cache already knows the rest.
+HARMLESS = frozenset(
+    "position_ids use_cache output_router_logits is_causal logits_to_keep cache_position num_items_in_batch return_dict"
+    " output_hidden_states sliding_window softcap s_aux output_attentions".split()
+)
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` did to one model, so that `detach` can undo it."""
+
+    scheme: Scheme
+    stock: str
+    handles: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The forward pass that is running: its model's attachment, and the cache that drives it, if one does."""
+
+    attachment: Attachment
+    cache: StreamCache | None
+    caught: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_PASS: ContextVar[Pass | None] = ContextVar("sinks_pass", default=None)
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model` stream with a `SinkCache`, and return it. Attaching twice is attaching once.
+
+    A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason.
+    """
+    base = model.base_model
+    if base in _ATTACHED:
+        return model
+    attachment = Attachment(describe(model), model.config._attn_implementation)
+    if attachment.scheme.family.route == "interface":
+        _use_interface(model, attachment)
+    else:
+        _use_projections(base, PROJECTIONS[attachment.scheme.family.model_type], attachment)
+    before = base.register_forward_pre_hook(_opener(attachment), with_kwargs=True)
+    after = base.register_forward_hook(_close, with_kwargs=True, always_call=True)
+    attachment.handles += [before, after]
+    _ATTACHED[base] = attachment
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`, and return the model. A model that is not attached is left alone."""
+    attachment = _ATTACHED.pop(model.base_model, None)
+    if attachment is None:
+        return model
+    for handle in attachment.handles:
+        handle.remove()
+    if attachment.scheme.family.route == "interface":
+        model.set_attn_implementation(attachment.stock)
+    return model
+
+
+# The interface route
+
+
+def _use_interface(model: PreTrainedModel, attachment: Attachment) -> None:
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)
+    if model.base_model.config._attn_implementation != NAME:
+        raise UnsupportedModel(
+            f"{attachment.scheme.family.model_type} does not take a registered attention function in this version of "
+            "transformers"
+        )
+    for module in rotary_modules(model.base_model):
+        attachment.handles.append(module.register_forward_pre_hook(_zero_positions, with_kwargs=True))
+
+
+def _zero_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """At position 0 the cosine is 1 and the sine 0: the model's own rotation leaves queries and keys alone."""
+    if _streaming() is None:
+        return None
+    if "position_ids" in kwargs:
+        return args, kwargs | {"position_ids": torch.zeros_like(kwargs["position_ids"])}
+    return (args[0], torch.zeros_like(args[1]), *args[2:]), kwargs
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function registered with transformers: `[batch, heads, columns, head_dim]` in, heads and columns swapped out."""
+    cache = _streaming()
+    if cache is None:
+        return _stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    _check_options(module, kwargs)
+    scale = kwargs.get("scaling")
+    out = cache.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=kwargs.get("softcap"),
+        sink_logits=kwargs.get("s_aux"),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_options(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("dropout"):
+        raise UnsupportedOption("dropout in attention is not applied to a stream: call model.eval() first")
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS | {"scaling", "dropout"}]
+    if unknown:
+        raise UnsupportedOption(f"a SinkCache cannot honour {', '.join(unknown)}: leave it out")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedOption("a stream is causal: is_causal=False cannot be honoured")
+
+
+def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    running = _PASS.get()
+    if running is None:
+        raise CacheError("an attention layer of an attached model was called outside of its model: detach it first")
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(running.attachment.stock, eager)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask function registered with transformers: a stream needs none, anything else gets its own."""
+    running = _PASS.get()
+    if running is None or running.cache is not None:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[running.attachment.stock](*args, **kwargs)
+
+
+# The projections route
+
+
+def _use_projections(base: nn.Module, projections: Projections, attachment: Attachment) -> None:
+    for module in attention_modules(base, projections):
+        for name in projections.inputs:
+            attachment.handles.append(module.get_submodule(name).register_forward_hook(_catch))
+        output = module.get_submodule(projections.output)
+        attachment.handles.append(output.register_forward_pre_hook(_replacer(module, projections)))
+
+
+def _catch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    running = _PASS.get()
+    if running is not None and running.cache is not None:
+        running.caught[module] = output
+
+
+def _replacer(module: nn.Module, projections: Projections) -> Callable[..., Any]:
+    def replace(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        running = _PASS.get()
+        if running is None or running.cache is None:
+            return None
+        caught = [running.caught.pop(module.get_submodule(name)) for name in projections.inputs]
+        query, key, value = projections.split(module, caught)
+        options = {"scale": projections.scale(module), "softcap": None, "sink_logits": None}
+        out = running.cache.attend(module.layer_idx, query, key, value, **options)  # type: ignore[arg-type]
+        return (out.transpose(1, 2).flatten(2),)
+
+    return replace
+
+
+# The pass
+
+
+def _streaming() -> StreamCache | None:
+    running = _PASS.get()
+    return None if running is None else running.cache
+
+
+def _opener(attachment: Attachment) -> Callable[..., Any]:
+    def open_pass(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, StreamCache):
+            _PASS.set(Pass(attachment, None))
+            return None
+        _PASS.set(None)
+        inputs = kwargs.get("inputs_embeds")
+        inputs = args[0] if args else kwargs.get("input_ids") if inputs is None else inputs
+        _check_pass(base, kwargs)
+        rows, columns = inputs.shape[:2]
+        mask = _new_columns(kwargs.get("attention_mask"), columns, cache.get_seq_length())
+        cache.open_pass(base, (rows, columns), mask, kwargs.get("position_ids"))
+        _PASS.set(Pass(attachment, cache))
+        return args, kwargs | _stand_ins(attachment, inputs)
+
+    return open_pass
+
+
+def _stand_ins(attachment: Attachment, inputs: Tensor) -> dict[str, Any]:
+    """What the model itself is shown in a stream: no mask, since the cache knows the pads."""
+    if attachment.scheme.family.route == "interface":
+        return {"attention_mask": None}
+    # On the second route the model runs the chunk as if alone, so it must not meet the past at all.
+    shown: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "use_cache": False}
+    if attachment.scheme.family.pairing != "none":
+        shown["position_ids"] = torch.zeros(1, inputs.shape[1], dtype=torch.int64, device=inputs.device)
+    return shown
+
+
+def _check_pass(base: nn.Module, kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_attentions")
+    if base.config.output_attentions if asked is None else asked:  # type: ignore[union-attr]
+        raise UnsupportedOption(
+            "output_attentions needs the whole attention matrix, which a stream never builds: leave it out"
+        )
+
+
+def _new_columns(mask: Any, columns: int, seen: int) -> Tensor | None:
+    """The part of a padding mask that belongs to the new columns, as booleans."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise UnsupportedOption(
+            "a SinkCache decides itself who sees whom: give a 2-D attention_mask that marks pads, or none"
+        )
+    if mask.shape[1] not in (columns, seen + columns):
+        raise UnsupportedOption(
+            f"attention_mask has {mask.shape[1]} columns: give {columns} for the new tokens, or {seen + columns} "
+            "for everything fed"
+        )
+    return mask[:, -columns:].bool()
+
+
+def _close(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    running = _PASS.get()
+    _PASS.set(None)
+    if running is None or running.cache is None:
+        return None
+    running.cache.close_pass(complete=output is not None)
+    if output is not None and running.attachment.scheme.family.route == "projections":
+        output.past_key_values = running.cache
+    return output

@@ -1,0 +1,45 @@
+"""The rotary frequencies of a model, as it would use them for a sequence exactly as long as the cache."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# Types whose frequencies depend on how long the present sequence is. A stream has no length, so they are taken once
+# for a sequence of `capacity` positions, the only positions that ever occur, and never change again.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def rotary_modules(base: nn.Module) -> list[nn.Module]:
+    """Every module that turns position ids into cosines and sines."""
+    return [module for module in base.modules() if hasattr(module, "rope_type")]
+
+
+def frequencies(
+    module: nn.Module, config: PreTrainedConfig, layer_type: str | None, capacity: int
+) -> Float[Tensor, "pairs"]:
+    """Radians a position for each pair of dimensions, float64 on the CPU.
+
+    The model's own float32 buffer is taken where it is one: a fresh formula may differ in the last bit, which is
+    1e-4 radians at a distance of 4,096. `model.to(torch.bfloat16)` rounds that buffer too; then it is recomputed.
+    """
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    rope_type = module.rope_type if layer_type is None else module.rope_type[layer_type]  # type: ignore[index]
+    if any(name in rope_type for name in LENGTH_DEPENDENT):
+        keywords = {} if layer_type is None else {"layer_type": layer_type}
+        found, _ = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=capacity, **keywords)
+        return found.double()
+    buffer: Tensor = getattr(module, f"{prefix}inv_freq")
+    if buffer.dtype in (torch.float32, torch.float64):
+        return buffer.detach().cpu().double()
+    keywords = {} if layer_type is None else {"layer_type": layer_type}
+    compute = module.compute_default_rope_parameters if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
+    return compute(config, device=torch.device("cpu"), **keywords)[0].double()  # type: ignore[operator]
+
+
+def sinusoid_frequencies(rotary_dim: int) -> Float[Tensor, "pairs"]:
+    """GPT-J's table of sines holds `position / 10000^(2i / rotary_dim)` (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    return 1.0 / (10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)).double()
