@@ -15,7 +15,7 @@ from sinks.cache.plan import Plan
 from sinks.cache.ring import Ring
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.scoring import Scoring
-from sinks.models.families import Scheme, describe
+from sinks.models.families import Scheme, base_of, describe
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 1020
@@ -61,7 +61,7 @@ class SinkCache(Cache):
                 f"sinks={sinks} + window={window} is {plan.capacity} positions, and this model was trained on "
                 f"{scheme.trained_length}: choose a smaller window"
             )
-        cache = cls(scheme, plan, model.base_model, start)
+        cache = cls(scheme, plan, base_of(model), start)
         if sinks and all(ring.plan.sinks == 0 for ring in cache.rings):
             raise CapacityError(
                 f"every layer of this model has its own sliding window, smaller than sinks + window = {plan.capacity}, "
@@ -183,8 +183,7 @@ class SinkCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what a ring has overwritten cannot be taken back."""
         raise UnsupportedOption(
-            "a SinkCache cannot take tokens back, so assisted, speculative and prompt-lookup decoding do not run on it: "
-            "generate without them"
+            "a SinkCache cannot take tokens back: generate without assisted, speculative or prompt-lookup decoding"
         )
 
 

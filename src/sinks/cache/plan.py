@@ -22,7 +22,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, value, least in (("sinks", self.sinks, 0), ("window", self.window, 1)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            if type(value) is not int:
                 raise InvalidInput(f"{name}={value!r} is not a whole number")
             if value < least:
                 raise InvalidInput(f"{name}={value} is too small: give {least} or more")

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
-from sinks.errors import NotAttached, UnsupportedOption
+from sinks.errors import CacheError, NotAttached, UnsupportedOption
 from sinks.kernels.chunked import attend_block
 from sinks.kernels.phase import rotate, table_dtype
 from sinks.kernels.scoring import Scoring
@@ -71,10 +71,9 @@ class Ring(CacheLayerMixin):
         bias = block.bias(scoring.slopes, table_dtype(query.dtype))
         if block.is_step:
             self._write(key, value, block)
-            keys, values = self.keys[:, :, : block.filled], self.values[:, :, : block.filled]
-        else:
-            keys = torch.cat((self.keys[:, :, : block.filled], key), dim=2)
-            values = torch.cat((self.values[:, :, : block.filled], value), dim=2)
+        keys, values = (held[:, :, : block.filled] for held in self.held)
+        if not block.is_step:
+            keys, values = torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
         sinks = min(self.plan.sinks, block.filled)
         out = attend_block(recent_query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring)
         if not block.is_step:
@@ -83,23 +82,28 @@ class Ring(CacheLayerMixin):
 
     def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
         rows, slots, columns = block.writes
-        if rows is None:
-            self.keys.index_copy_(2, slots, key)
-            self.values.index_copy_(2, slots, value)
-        else:
-            self.keys[rows, :, slots] = key[rows, :, columns]
-            self.values[rows, :, slots] = value[rows, :, columns]
+        for held, new in zip(self.held, (key, value), strict=True):
+            if rows is None:
+                held.index_copy_(2, slots, new)
+            else:
+                held[rows, :, slots] = new[rows, :, columns]
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, `[batch, kv_heads, capacity, head_dim]` each."""
+        if self.keys is None or self.values is None:
+            raise CacheError("this layer has not been fed yet")
+        return self.keys, self.values
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+        return sum(held.nbytes for held in self.held) if self.is_initialized else 0
 
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of the present row `rows[i]`."""
         if self.is_initialized:
-            self.keys = self.keys.index_select(0, rows.to(self.keys.device))
-            self.values = self.values.index_select(0, rows.to(self.values.device))
+            self.keys, self.values = (held.index_select(0, rows.to(held.device)) for held in self.held)
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""

@@ -85,7 +85,7 @@ def block_bias(
     *,
     sinks: int,
     window: int,
-    slopes: Float[Tensor, "heads"] | None,
+    slopes: Float[Tensor, " heads"] | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "batch some_heads queries keys"]:
     """What is added to the scores of a block: 0 for what a query sees, -inf for the rest, ALiBi on top.

@@ -32,7 +32,7 @@ class Rotary:
     dimension `first`, and what lies outside them is not turned (partial rotary).
     """
 
-    inv_freq: Float[Tensor, "pairs"]
+    inv_freq: Float[Tensor, " pairs"]
     interleaved: bool = False
     first: int = 0
 
@@ -46,7 +46,7 @@ class Rotary:
         return 2 * self.inv_freq.numel()
 
     @cached_property
-    def steps(self) -> Int[Tensor, "pairs"]:
+    def steps(self) -> Int[Tensor, " pairs"]:
         """Units of 2^-64 turns that one position adds, int64."""
         return (self.inv_freq.double() / (2.0 * math.pi) * TURN).round().long()
 
@@ -60,7 +60,7 @@ class Rotary:
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half-precision heads are turned in float32: rounding cos and sin first would cost more than the keys' own cast."""
+    """Half-precision heads are turned in float32: rounded tables would cost more than the keys' own cast."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -53,7 +53,7 @@ def _attend_one(
     query: Float[Tensor, "heads head_dim"],
     keys: Float[Tensor, "heads keys head_dim"],
     values: Float[Tensor, "heads keys value_dim"],
-    stands: Int[Tensor, "keys"],
+    stands: Int[Tensor, " keys"],
     here: int,
     scoring: Scoring,
 ) -> Float[Tensor, "heads value_dim"]:
@@ -72,7 +72,7 @@ def _attend_one(
 
 
 def _turn(
-    heads: Float[Tensor, "heads keys head_dim"], positions: Int[Tensor, "keys"], rotary: Rotary
+    heads: Float[Tensor, "heads keys head_dim"], positions: Int[Tensor, " keys"], rotary: Rotary
 ) -> Float[Tensor, "heads keys head_dim"]:
     angles = positions.double()[:, None] * rotary.inv_freq.double()
     cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)

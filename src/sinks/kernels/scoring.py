@@ -21,9 +21,9 @@ class Scoring:
 
     scale: float
     rotary: Rotary | None = None
-    slopes: Float[Tensor, "heads"] | None = None
+    slopes: Float[Tensor, " heads"] | None = None
     softcap: float | None = None
-    sink_logits: Float[Tensor, "heads"] | None = None
+    sink_logits: Float[Tensor, " heads"] | None = None
 
 
 def visible(

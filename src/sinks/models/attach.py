@@ -20,8 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sinks.errors import CacheError, UnsupportedModel, UnsupportedOption
-from sinks.models.families import Scheme, describe
+from sinks.errors import CacheError, InvalidInput, UnsupportedModel, UnsupportedOption
+from sinks.models.families import Scheme, base_of, describe
 from sinks.models.projections import PROJECTIONS, Projections, attention_modules
 from sinks.models.rotary import rotary_modules
 from sinks.types import StreamCache
@@ -61,10 +61,10 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason.
     """
-    base = model.base_model
+    base = base_of(model)
     if base in _ATTACHED:
         return model
-    attachment = Attachment(describe(model), model.config._attn_implementation)
+    attachment = Attachment(describe(model), str(model.config._attn_implementation))
     if attachment.scheme.family.route == "interface":
         _use_interface(model, attachment)
     else:
@@ -78,7 +78,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`, and return the model. A model that is not attached is left alone."""
-    attachment = _ATTACHED.pop(model.base_model, None)
+    attachment = _ATTACHED.pop(base_of(model), None)
     if attachment is None:
         return model
     for handle in attachment.handles:
@@ -95,12 +95,12 @@ def _use_interface(model: PreTrainedModel, attachment: Attachment) -> None:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
-    if model.base_model.config._attn_implementation != NAME:
+    if base_of(model).config._attn_implementation != NAME:
         raise UnsupportedModel(
             f"{attachment.scheme.family.model_type} does not take a registered attention function in this version of "
             "transformers"
         )
-    for module in rotary_modules(model.base_model):
+    for module in rotary_modules(base_of(model)):
         attachment.handles.append(module.register_forward_pre_hook(_zero_positions, with_kwargs=True))
 
 
@@ -114,16 +114,16 @@ def _zero_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The function registered with transformers: `[batch, heads, columns, head_dim]` in, heads and columns swapped out."""
+    """The function registered with transformers: [batch, heads, columns, head_dim] in, columns before heads out."""
     cache = _streaming()
     if cache is None:
         return _stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
-    _check_options(module, kwargs)
+    _check_options(kwargs)
     scale = kwargs.get("scaling")
     out = cache.attend(
-        module.layer_idx,  # type: ignore[arg-type]
+        module.layer_idx,
         query,
         key,
         value,
@@ -134,7 +134,7 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check_options(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _check_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
         raise UnsupportedOption("dropout in attention is not applied to a stream: call model.eval() first")
     unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS | {"scaling", "dropout"}]
@@ -177,7 +177,7 @@ def _catch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         running.caught[module] = output
 
 
-def _replacer(module: nn.Module, projections: Projections) -> Callable[..., Any]:
+def _replacer(module: Any, projections: Projections) -> Callable[..., Any]:
     def replace(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         running = _PASS.get()
         if running is None or running.cache is None:
@@ -185,7 +185,7 @@ def _replacer(module: nn.Module, projections: Projections) -> Callable[..., Any]
         caught = [running.caught.pop(module.get_submodule(name)) for name in projections.inputs]
         query, key, value = projections.split(module, caught)
         options = {"scale": projections.scale(module), "softcap": None, "sink_logits": None}
-        out = running.cache.attend(module.layer_idx, query, key, value, **options)  # type: ignore[arg-type]
+        out = running.cache.attend(module.layer_idx, query, key, value, **options)
         return (out.transpose(1, 2).flatten(2),)
 
     return replace
@@ -206,8 +206,7 @@ def _opener(attachment: Attachment) -> Callable[..., Any]:
             _PASS.set(Pass(attachment, None))
             return None
         _PASS.set(None)
-        inputs = kwargs.get("inputs_embeds")
-        inputs = args[0] if args else kwargs.get("input_ids") if inputs is None else inputs
+        inputs = _inputs(args, kwargs)
         _check_pass(base, kwargs)
         rows, columns = inputs.shape[:2]
         mask = _new_columns(kwargs.get("attention_mask"), columns, cache.get_seq_length())
@@ -216,6 +215,14 @@ def _opener(attachment: Attachment) -> Callable[..., Any]:
         return args, kwargs | _stand_ins(attachment, inputs)
 
     return open_pass
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Token ids or embeddings, whichever the model was given."""
+    given = [x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
+    if len(given) != 1:
+        raise InvalidInput("give the model either input_ids or inputs_embeds")
+    return given[0]
 
 
 def _stand_ins(attachment: Attachment, inputs: Tensor) -> dict[str, Any]:
@@ -229,9 +236,9 @@ def _stand_ins(attachment: Attachment, inputs: Tensor) -> dict[str, Any]:
     return shown
 
 
-def _check_pass(base: nn.Module, kwargs: dict[str, Any]) -> None:
+def _check_pass(base: Any, kwargs: dict[str, Any]) -> None:
     asked = kwargs.get("output_attentions")
-    if base.config.output_attentions if asked is None else asked:  # type: ignore[union-attr]
+    if base.config.output_attentions if asked is None else asked:
         raise UnsupportedOption(
             "output_attentions needs the whole attention matrix, which a stream never builds: leave it out"
         )

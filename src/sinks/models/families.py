@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -87,7 +87,7 @@ _TABLE = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
 
-_LEARNED = "its positions are learned vectors added to the input, so they are baked into every key and end with the table"
+_LEARNED = "its positions are learned vectors added to the input: they are baked into every key, and the table ends"
 _BY_ABSOLUTE = "it scales queries by the absolute position, which grows for ever in a stream"
 _THREE_D = "its positions have three axes (M-RoPE), and a stream of tokens has one"
 _RECURRENT = "its recurrent layers already run at constant memory and have no sinks to keep"
@@ -133,14 +133,19 @@ class Scheme:
 
     family: Family
     layers: tuple[LayerScheme, ...]
-    slopes: Float[Tensor, "heads"] | None
+    slopes: Float[Tensor, " heads"] | None
     trained_length: int | None
     rotaries: Callable[[int], dict[str, Rotary]]
 
 
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformer inside a causal language model, or the model itself if it has no head."""
+    return cast(PreTrainedModel, model.base_model)
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a model. Raises UnsupportedModel with the reason."""
-    model_type = model.base_model.config.model_type
+    model_type = base_of(model).config.model_type
     if model_type in REFUSED:
         raise UnsupportedModel(f"{model_type} cannot stream: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
@@ -152,14 +157,15 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def describe(model: PreTrainedModel) -> Scheme:
     """Read from a model what its cache must know. Raises UnsupportedModel with the reason."""
-    family, config = family_of(model), model.base_model.config
+    family, base = family_of(model), base_of(model)
+    config: Any = base.config
     alibi = _slopes(family, config)
     return Scheme(
         family=family,
         layers=tuple(_layer(family, config, index, alibi is not None) for index in range(config.num_hidden_layers)),
         slopes=alibi,
         trained_length=None if alibi is not None else _trained_length(config),
-        rotaries=lambda capacity: _rotaries(family, model.base_model, capacity) if alibi is None else {},
+        rotaries=lambda capacity: _rotaries(family, base, capacity) if alibi is None else {},
     )
 
 
@@ -185,7 +191,7 @@ def _is_nested(config: Any) -> bool:
 
 
 def _rotaries(family: Family, base: PreTrainedModel, capacity: int) -> dict[str, Rotary]:
-    config = base.config
+    config: Any = base.config
     if family.model_type == "gptj":
         found = {"all": sinusoid_frequencies(config.rotary_dim or config.n_embd)}
     else:
@@ -196,7 +202,7 @@ def _rotaries(family: Family, base: PreTrainedModel, capacity: int) -> dict[str,
     return {kind: Rotary(inv_freq, family.pairing == "interleaved", first) for kind, inv_freq in found.items()}
 
 
-def _slopes(family: Family, config: Any) -> Float[Tensor, "heads"] | None:
+def _slopes(family: Family, config: Any) -> Float[Tensor, " heads"] | None:
     if family.model_type == "bloom":
         return geometric_slopes(config.n_head)
     if family.model_type == "mpt":

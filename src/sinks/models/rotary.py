@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,27 +21,24 @@ def rotary_modules(base: nn.Module) -> list[nn.Module]:
 
 
 def frequencies(
-    module: nn.Module, config: PreTrainedConfig, layer_type: str | None, capacity: int
-) -> Float[Tensor, "pairs"]:
+    module: Any, config: PreTrainedConfig, layer_type: str | None, capacity: int
+) -> Float[Tensor, " pairs"]:
     """Radians a position for each pair of dimensions, float64 on the CPU.
 
     The model's own float32 buffer is taken where it is one: a fresh formula may differ in the last bit, which is
     1e-4 radians at a distance of 4,096. `model.to(torch.bfloat16)` rounds that buffer too; then it is recomputed.
     """
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    rope_type = module.rope_type if layer_type is None else module.rope_type[layer_type]  # type: ignore[index]
+    rope_type = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    by_type = {} if layer_type is None else {"layer_type": layer_type}
     if any(name in rope_type for name in LENGTH_DEPENDENT):
-        keywords = {} if layer_type is None else {"layer_type": layer_type}
-        found, _ = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=capacity, **keywords)
-        return found.double()
-    buffer: Tensor = getattr(module, f"{prefix}inv_freq")
+        return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=capacity, **by_type)[0].double()
+    buffer = getattr(module, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
     if buffer.dtype in (torch.float32, torch.float64):
         return buffer.detach().cpu().double()
-    keywords = {} if layer_type is None else {"layer_type": layer_type}
     compute = module.compute_default_rope_parameters if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
-    return compute(config, device=torch.device("cpu"), **keywords)[0].double()  # type: ignore[operator]
+    return compute(config, device=torch.device("cpu"), **by_type)[0].double()
 
 
-def sinusoid_frequencies(rotary_dim: int) -> Float[Tensor, "pairs"]:
-    """GPT-J's table of sines holds `position / 10000^(2i / rotary_dim)` (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+def sinusoid_frequencies(rotary_dim: int) -> Float[Tensor, " pairs"]:
+    """GPT-J's, whose tables hold the sines of `position / 10000^(2i / rotary_dim)` (arXiv 2104.09864)."""
     return 1.0 / (10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)).double()
