@@ -47,7 +47,7 @@ def attend(
         bias = block_bias(
             positions[:, block],
             torch.cat((sink_positions, recent_positions[:, band]), dim=1),
-            sinks=sinks, window=window, slopes=scoring.slopes, dtype=query.dtype,
+            sinks=sinks, window=window, slopes=scoring.slopes, dtype=table_dtype(query.dtype),
         )  # fmt: skip
         keys = torch.cat((sink_key, key[:, :, band]), dim=2)
         values = torch.cat((sink_value, value[:, :, band]), dim=2)
@@ -112,12 +112,15 @@ def attend_block(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """One softmax over `sinks` keys scored with `sink_query` and the others scored with `recent_query`.
 
-    All are already turned. `bias` is added to the scores (None: every query sees every key).
+    All are already turned. `bias` is added to the scores (None: every query sees every key). Half precision is widened
+    to float32 first: a sink's score carries most of the weight, and rounding it to 8 bits would cost 2 % of it.
     """
-    narrow = recent_query.shape[2] == 1 and recent_query.dtype in (torch.float32, torch.float64)
-    if narrow or scoring.softcap is not None:
-        return _attend_explicit(recent_query, sink_query, keys, values, sinks, bias, scoring)
-    return _attend_fused(recent_query, sink_query, keys, values, sinks, bias, scoring)
+    same = sink_query is recent_query
+    recent_query, keys, values = (part.to(table_dtype(part.dtype)) for part in (recent_query, keys, values))
+    wide_sink_query = recent_query if same else sink_query.to(recent_query.dtype)
+    explicit = recent_query.shape[2] == 1 or scoring.softcap is not None
+    attend_wide = _attend_explicit if explicit else _attend_fused
+    return attend_wide(recent_query, wide_sink_query, keys, values, sinks, bias, scoring).to(sink_query.dtype)
 
 
 def _attend_explicit(
@@ -126,11 +129,10 @@ def _attend_explicit(
 ) -> Tensor:  # fmt: skip
     """The scores written out: the shortest way for one query, and the only one with a soft cap."""
     batch, heads, queries, _ = recent_query.shape
-    dtype = table_dtype(keys.dtype)
-    transposed = keys.to(dtype).transpose(-1, -2)
-    scores = _grouped(recent_query.to(dtype) * scoring.scale, keys) @ transposed
+    transposed = keys.transpose(-1, -2)
+    scores = _grouped(recent_query * scoring.scale, keys) @ transposed
     if sinks and sink_query is not recent_query:
-        sink_scores = _grouped(sink_query.to(dtype) * scoring.scale, keys) @ transposed[..., :sinks]
+        sink_scores = _grouped(sink_query * scoring.scale, keys) @ transposed[..., :sinks]
         scores = torch.cat((sink_scores, scores[..., sinks:]), dim=-1)
     scores = scores.view(batch, heads, queries, -1)
     if scoring.softcap is not None:
@@ -140,10 +142,9 @@ def _attend_explicit(
     if scoring.sink_logits is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        logits = scoring.sink_logits.to(dtype)[None, :, None, None].expand(batch, heads, queries, 1)
+        logits = scoring.sink_logits.to(scores.dtype)[None, :, None, None].expand(batch, heads, queries, 1)
         weights = torch.softmax(torch.cat((scores, logits), dim=-1), dim=-1)[..., :-1]
-    out = _grouped(weights, keys) @ values.to(dtype)
-    return out.view(batch, heads, queries, -1).to(values.dtype)
+    return (_grouped(weights, keys) @ values).view(batch, heads, queries, -1)
 
 
 def _grouped(heads: Tensor, keys: Tensor) -> Tensor:
@@ -171,12 +172,13 @@ def _attend_fused(
         keys_wide[:, :, :sinks] = torch.eye(sinks, width, dtype=keys.dtype, device=keys.device).roll(head_dim, dims=1)
     if scoring.sink_logits is not None:
         column = head_dim + sinks
-        query[..., column] = (scoring.sink_logits.to(query.dtype) / scoring.scale)[None, :, None]
+        # Against every other key this column is multiplied by zero, so minus infinity must not enter it.
+        logits = (scoring.sink_logits.to(query.dtype) / scoring.scale).clamp(min=torch.finfo(query.dtype).min / 2)
+        query[..., column] = logits[None, :, None]
         unit = F.one_hot(torch.tensor([column], device=keys.device), width).to(keys.dtype)
         keys_wide = torch.cat((keys_wide, unit.expand(*keys.shape[:2], 1, width)), dim=2)
         values_wide = F.pad(values_wide, (0, 0, 0, 1))
         bias = None if bias is None else F.pad(bias, (0, 1))
-    bias = None if bias is None else bias.to(query.dtype)
     out = F.scaled_dot_product_attention(
         query, keys_wide, values_wide, attn_mask=bias, scale=scoring.scale, enable_gqa=True
     )

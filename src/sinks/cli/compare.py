@@ -1,0 +1,183 @@
+"""`sinks compare`: one real model reads one real text in several ways, side by side."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sinks.evals.arms import Settings
+    from sinks.evals.compare import Comparison, Stage
+    from sinks.evals.perplexity import Listener
+
+TOKENS = 8192
+"""Tokens read unless asked otherwise: what the built-in model was trained on, so that dense attention is at its best."""
+
+PLAIN_WIDTH = 120
+"""Columns of the table when nobody's terminal says how many there are."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What can be asked of `sinks compare`."""
+
+    model: Annotated[
+        str | None, typer.Option(help="Name, Hub id, folder or GGUF file; by default the built-in model.")
+    ] = None
+    text: Annotated[
+        str | None, typer.Option(help="Name of a text, or a file; by default Python's language reference.")
+    ] = None
+    tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens to read; by default {TOKENS}, or all if there are fewer.")
+    ] = None
+    sinks: Annotated[int | None, typer.Option(help="First tokens kept for ever; by default 4.")] = None
+    window: Annotated[
+        int | None, typer.Option(help="Most recent tokens kept, the current one included; by default 1020.")
+    ] = None
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of dense, window, recompute, sinks, sweep, newlines, with commas between; by default all."
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Draws the positions at which re-computation is measured.")] = 0
+    samples: Annotated[int, typer.Option(help="At how many positions re-computation is measured.")] = 64
+    chunk: Annotated[int, typer.Option(help="Tokens read in one forward pass; changes speed and peak memory only.")] = 256
+    beyond_trained_length: Annotated[
+        bool, typer.Option("--beyond-trained-length", help="Let dense attention read past its trained length.")
+    ] = False
+    out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("sinks-compare")
+    json: Annotated[bool, typer.Option("--json", help="Print compare.json, and the table on standard error.")] = False
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
+    dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
+    ] = False
+
+
+def register(app: typer.Typer) -> None:
+    """Add `compare` to `app`."""
+
+    @app.command("compare")
+    @functools.wraps(Flags, assigned=("__annotations__",), updated=())  # typer reads the flags from the class's fields
+    def command(**flags: Any) -> None:
+        """Read a text with dense attention, a plain window, re-computation and sinks, and compare them.
+
+        Prints a table and writes compare.png and compare.json. Every bounded reader holds the same number of keys.
+        """
+        run(Flags(**flags))
+
+
+def run(flags: Flags) -> None:
+    """Measure, then write both files, then print."""
+    from rich.console import Console
+
+    from sinks.report.document import document, to_json
+    from sinks.report.files import results_folder, write_together
+    from sinks.report.plots import comparison_figure, png
+    from sinks.report.tables import summary
+    from sinks.report.words import reading
+
+    settings = settings_of(flags)
+    with results_folder(flags.out) as folder:
+        comparison, about = measure(flags, settings)
+        title = title_of(comparison, about)
+        text = to_json(document(comparison, about, reading(comparison)))
+        picture = png(comparison_figure(comparison, title))
+        paths = write_together(folder, {"compare.json": text.encode(), "compare.png": picture})
+    console = Console(stderr=flags.json)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(summary(comparison, title))
+    console.print(f"\nWrote {' and '.join(str(path) for path in paths)}", soft_wrap=True, highlight=False)
+    if flags.json:
+        typer.echo(text, nl=False)
+
+
+def settings_of(flags: Flags) -> "Settings":
+    """The settings that the flags ask for, checked. Raises InvalidInput."""
+    from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+    from sinks.errors import InvalidInput
+    from sinks.evals.arms import ARMS, Settings
+
+    if flags.tokens is not None and flags.tokens < 1:
+        raise InvalidInput(f"tokens must be at least 1, got {flags.tokens}")
+    asked = ARMS if flags.arms is None else tuple(arm.strip() for arm in flags.arms.split(",") if arm.strip())
+    return Settings(
+        sinks=DEFAULT_SINKS if flags.sinks is None else flags.sinks,
+        window=DEFAULT_WINDOW if flags.window is None else flags.window,
+        arms=asked,
+        seed=flags.seed,
+        samples=flags.samples,
+        chunk=flags.chunk,
+        beyond_trained_length=flags.beyond_trained_length,
+    )
+
+
+def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str, Any]]:
+    """Load, check everything that can be wrong, and only then work. Returns the comparison and where it comes from."""
+    from sinks.assets.catalogue import DEFAULT_TEXT
+    from sinks.assets.texts import read_text
+    from sinks.cache.cache import SinkCache
+    from sinks.evals.arms import contenders
+    from sinks.evals.compare import compare
+    from sinks.evals.memory import meter_for
+    from sinks.evals.tokens import cut, stream_ids
+    from sinks.models.attach import attach
+    from sinks.models.load import load
+    from sinks.report.provenance import machine, now, versions
+
+    text = read_text(flags.text or DEFAULT_TEXT)
+    loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    model = attach(loaded.model)
+    SinkCache.for_model(model, sinks=settings.sinks, window=settings.window)  # raises if they do not fit the model
+    every_id, begins_with_bos = stream_ids(loaded.tokenizer, text.text)
+    ids = cut(every_id, flags.tokens, TOKENS, settings.needed, text.name).to(model.device)
+    arms = contenders(settings, model, loaded.tokenizer, begins_with_bos)
+    with progress_bars() as stage:
+        comparison = compare(model, ids, settings, arms, meter_for(model.device), stage)
+    source = {key: value for key, value in asdict(text).items() if key != "text"}
+    return comparison, {
+        "created": now(),
+        "model": asdict(loaded.source) | {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)},
+        "text": source | {"tokens": len(every_id), "begins_with_bos": begins_with_bos},
+        "machine": machine(model.device),
+        "versions": versions(),
+    }
+
+
+def title_of(comparison: "Comparison", about: Mapping[str, Any]) -> str:
+    """What was read by which model within how many keys, in one line."""
+    model, text, settings = about["model"], about["text"], comparison.settings
+    note = f" ({model['note']})" if model["note"] else ""
+    return (
+        f"{model['name']}{note} reads {comparison.tokens:,} tokens of {text['name']}; every bounded reader holds "
+        f"{settings.capacity:,} keys"
+    )
+
+
+@contextmanager
+def progress_bars() -> Iterator["Stage"]:
+    """One bar an arm on standard error while it is a terminal; nothing otherwise."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description:10}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
+
+        def stage(arm: str, work: int) -> "Listener":
+            task = display.add_task(arm, total=work)
+            return lambda count: display.advance(task, count)
+
+        yield stage

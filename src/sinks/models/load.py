@@ -1,0 +1,223 @@
+"""One door for every model: the built-in ones, a Hub id, a local folder, a GGUF file. Never a pickle.
+
+A built-in model, a folder, a GGUF file and a Hub model that is already in the Hub's cache are loaded without touching
+the network.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import transformers
+from huggingface_hub.repocard import metadata_load
+from safetensors import SafetensorError
+
+from sinks.assets.catalogue import DEFAULT_MODEL, MODELS, ModelAsset, find_model, model_names, suggestion
+from sinks.assets.fetch import fetch_model
+from sinks.assets.progress import Progress, reporting
+from sinks.errors import AssetError, InvalidInput, UnknownName
+from sinks.models.checkpoint import check_config, gguf_inside, is_pickle, refuse_pickle
+from sinks.models.convert import Converted, convert, converted, digest
+from sinks.models.hub import snapshot
+from sinks.models.quiet import quiet
+
+Result = TypeVar("Result")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""The element types that a model can be loaded in."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; belongs beside every number measured on it.
+
+    `licence` is what the source states, or "not stated". `revision` is the commit of a Hub model, the SHA-256 of a GGUF
+    file, and empty for a folder. `note` says what was done to the weights, such as "Q4_1 widened to float32", or is empty.
+    """
+
+    name: str
+    kind: Literal["built-in", "hub", "folder", "gguf"]
+    licence: str
+    revision: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its tokenizer, and where both come from."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    source: Source
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    accept_terms: bool = False,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    The first load of a built-in model downloads it (93 MB for the default) and converts it; later ones take a second and
+    no network. A built-in name goes before a folder of the same name, and a folder before a Hub id.
+
+    Args:
+        name: a built-in model ("smollm2", "gemma3-270m"), a folder, a `.gguf` file, or a Hub id ("owner/name");
+            None for the default, SmolLM2-135M-Instruct.
+        dtype: element type of the weights, by name or as a torch dtype; see `DTYPES`.
+        device: where the model goes.
+        trust_remote_code: run Python code that the model brings along. Never on by itself.
+        accept_terms: the user has read and accepts the terms of a built-in model that has some.
+        progress: told about downloaded bytes; None draws a bar when standard error is a terminal.
+
+    Raises:
+        UnknownName: nothing has this name.
+        UnsafeCheckpoint: it is a pickle, or needs code while `trust_remote_code` is off.
+        UnsupportedModel: it is no causal language model, or one that transformers does not know.
+        FetchError: it could not be downloaded; the message says what to do without a network.
+        ChecksumError: what was downloaded is not what was asked for.
+        AssetError: it is damaged or incomplete, its terms are not accepted, or the cache folder cannot be written.
+        InvalidInput: no such dtype or device.
+    """
+    element, place = _dtype(dtype), _device(device)
+    with reporting(progress) as report:
+        folder, source = _find(name, trust_remote_code, accept_terms, report)
+    check_config(folder, trust_remote_code)
+    if source.note and element != torch.float32:
+        source = replace(source, note=f"{source.note}, then rounded to {str(element).removeprefix('torch.')}")
+    with quiet():
+        model = _model(folder, element, trust_remote_code)
+        tokenizer = _tokenizer(folder, trust_remote_code)
+    return Loaded(model.eval().to(place), tokenizer, source)
+
+
+def prepare(asset: ModelAsset, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
+    """Fetch and convert a built-in model without loading it, and return its folder. Does nothing the second time.
+
+    Raises:
+        AssetError: as `load`.
+    """
+    with reporting(progress) as report:
+        return _built_in(asset, accept_terms, report).folder
+
+
+def _find(
+    name: str | Path | None, trust_remote_code: bool, accept_terms: bool, report: Progress
+) -> tuple[Path, Source]:
+    """The folder to load from, and what to say about it."""
+    text = DEFAULT_MODEL if name is None else str(name)
+    if asset := find_model(text):
+        return _from_gguf(_built_in(asset, accept_terms, report), asset.name, "built-in", asset.licence)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _from_gguf(_file(path, report), str(path), "gguf")
+    if path.is_dir():
+        gguf = gguf_inside(path)
+        if gguf is not None:
+            return _from_gguf(_file(gguf, report), str(gguf), "gguf")
+        return path, Source(str(path), "folder", _licence(path), "", "")
+    if not _HUB_ID.fullmatch(text) or is_pickle(text):
+        raise UnknownName(
+            f"no built-in model, folder or file is called {text!r}{suggestion(text, model_names())}: "
+            f"built-in models are {', '.join(MODELS)}; a Hub model is written owner/name"
+        )
+    folder = snapshot(text, trust_remote_code)
+    return folder, Source(text, "hub", _licence(folder), folder.name, "")
+
+
+def _built_in(asset: ModelAsset, accept_terms: bool, report: Progress) -> Converted:
+    sha256 = asset.payload.sha256
+    # A converted model needs no GGUF, and its terms were accepted when it was fetched.
+    return converted(sha256) or convert(fetch_model(asset, accept_terms=accept_terms, progress=report), sha256, report)
+
+
+def _file(path: Path, report: Progress) -> Converted:
+    if is_pickle(path.name):
+        refuse_pickle(str(path), [path.name])
+    if path.suffix.lower() == ".safetensors":
+        raise InvalidInput(f"{path} is one file of a model: give the folder that holds it and its config.json")
+    return convert(path, digest(path), report)
+
+
+def _from_gguf(
+    found: Converted, name: str, kind: Literal["built-in", "gguf"], licence: str | None = None
+) -> tuple[Path, Source]:
+    note = "" if found.quantization == "F32" else f"{found.quantization} widened to float32"
+    return found.folder, Source(name, kind, licence or found.licence, found.sha256, note)
+
+
+def _licence(folder: Path) -> str:
+    """What the model card says."""
+    card = folder / "README.md"
+    metadata = (metadata_load(card) or {}) if card.is_file() else {}
+    return str(metadata.get("license_name") or metadata.get("license") or "not stated")
+
+
+def _model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    def read() -> tuple[transformers.PreTrainedModel, dict[str, set[str]]]:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+
+    model, info = _reading(read, folder, "a model")
+    if missing := sorted(info["missing_keys"]):
+        # transformers would fill them with random numbers and only log it.
+        raise AssetError(
+            f"the weights in {folder} lack {len(missing)} tensors ({missing[0]}, ...): copy or download it again"
+        )
+    return model
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
+    def read() -> transformers.PreTrainedTokenizerBase:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+    return _reading(read, folder, "a tokenizer")
+
+
+def _reading(read: Callable[[], Result], folder: Path, what: str) -> Result:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise AssetError(
+            f"{what} could not be read from {folder} ({' '.join(str(error).split())}): "
+            f"copy or download it again, or give another"
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InvalidInput(f"dtype {name!r} is none that a model can be loaded in: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)  # names a device that this build of torch, or this machine, does not have
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidInput(f"device {str(device)!r} cannot be used here ({reason}): use 'cpu'") from error
+    return place

@@ -1,0 +1,147 @@
+"""`compare.json`: every number of a comparison, and everything needed to repeat it."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from sinks.evals.compare import Arm, Comparison, Ratio
+from sinks.evals.perplexity import perplexity
+
+SCHEMA = 1
+MOST_BINS = 256
+
+DEFINITIONS = {
+    "perplexity": "exp of the mean surprise over the arm's own scored targets; the first `sinks` tokens are scored in no arm",
+    "perplexity_after_eviction": "the same over targets whose query stands at position t >= sinks + window",
+    "perplexity_last_quarter": "the same over the last quarter of the stream; null if the arm stopped before its end",
+    "perplexity_at_samples": "the same over the positions at which re-computation was measured",
+    "ms_per_token": "median time to read one token when nothing is left to fill: the last `singles` tokens, one at a time; "
+    "for re-computation, of all samples",
+    "tokens_per_second": "scoring speed in chunks, before those last tokens",
+    "cache_bytes": "most bytes of keys and values held between two steps",
+    "peak_bytes": "most memory held during the arm, above the loaded and warmed-up model",
+    "scored_tokens": "targets behind `perplexity`",
+    "stopped_at": "tokens after which the arm stopped reading; null if it read to the end",
+    "measured_as": "the arm whose run this is: equal settings are measured once",
+    "ratios": "exp of the mean difference in surprise on the targets that both arms scored after the first eviction",
+}
+
+
+def document(comparison: Comparison, about: Mapping[str, Any], reading: str) -> dict[str, Any]:
+    """The whole result as plain data.
+
+    Args:
+        comparison: the measured arms.
+        about: where it comes from: `model`, `text`, `machine`, `versions` and `created`.
+        reading: the paragraph in words.
+    """
+    settings = comparison.settings
+    return {
+        "schema": SCHEMA,
+        **about,
+        "settings": asdict(settings) | {"tokens": comparison.tokens, "capacity": settings.capacity},
+        "first_target": settings.first_target,
+        "memory_method": comparison.memory_method,
+        "definitions": DEFINITIONS,
+        "arms": [arm_numbers(comparison, arm) for arm in comparison.arms.values()],
+        "ratios": ratios(comparison),
+        "curves": curves(comparison),
+        "reading": reading,
+    }
+
+
+def arm_numbers(comparison: Comparison, arm: Arm) -> dict[str, Any]:
+    """One arm's entry of `arms`."""
+    nll, name = comparison.nll(arm.name), arm.name
+    last = comparison.last_quarter
+    scored = ~np.isnan(nll)
+    return {
+        "arm": name,
+        "keeps": arm.contender.keeps,
+        "settings": vars(arm.contender),
+        "measured_as": arm.measured_as,
+        "perplexity": number(perplexity(nll)),
+        "perplexity_after_eviction": number(perplexity(nll, comparison.after_eviction)),
+        "perplexity_last_quarter": number(perplexity(nll, last)) if comparison.covers(name, last) else None,
+        "perplexity_at_samples": number(perplexity(nll, comparison.sampled)),
+        "scored_tokens": int(scored.sum()),
+        "scored_after_eviction": int((scored & comparison.after_eviction).sum()),
+        "stopped_at": arm.contender.stops_at(comparison.tokens),
+        "ms_per_token": number(arm.score.latency),
+        "ms_samples": arm.score.singles,
+        "tokens_per_second": number(arm.score.tokens_per_second),
+        "cache_bytes": arm.cache_bytes,
+        "peak_bytes": arm.peak_bytes,
+        "seconds": number(arm.seconds),
+    }
+
+
+def ratios(comparison: Comparison) -> list[dict[str, Any]]:
+    """Every arm against dense and against sinks, where those were measured and the pair shares targets."""
+    found = []
+    for against in ("dense", "sinks"):
+        for name in comparison.arms:
+            if against in comparison.arms and name != against and (ratio := comparison.ratio(name, against)):
+                found.append({"arm": name, "against": against, **ratio_numbers(ratio)})
+    return found
+
+
+def ratio_numbers(ratio: Ratio) -> dict[str, Any]:
+    """A ratio as plain data; its range counts targets from the start of the stream, both ends included."""
+    return {
+        "ratio": ratio.value,
+        "standard_error": ratio.error,
+        "targets": ratio.targets,
+        "range": [ratio.first, ratio.last],
+    }
+
+
+def curves(comparison: Comparison) -> dict[str, Any]:
+    """Perplexity and cache along the stream, in bins of equal width; null where an arm scored nothing.
+
+    `ends` are stream positions. A perplexity belongs to the bin before its end, bytes to the end itself.
+    """
+    ends = bin_ends(comparison.tokens)
+    run = {name: arm for name, arm in comparison.arms.items() if arm.measured_as == name}
+    return {
+        "bin": int(ends[0]),
+        "ends": ends.tolist(),
+        "perplexity": {name: along(comparison.nll(name), ends) for name in run},
+        "cache_bytes": {name: held(arm, ends) for name, arm in run.items()},
+    }
+
+
+def bin_ends(tokens: int) -> np.ndarray:
+    """int64 [bins], where each bin ends: 256 tokens apart, unless that makes fewer than 16 bins or more than 256.
+
+    A last bin of less than half the width is merged into the one before.
+    """
+    width = max(-(-tokens // MOST_BINS), min(256, tokens // 16), 1)
+    inner = np.arange(width, tokens - width // 2, width)
+    return np.append(inner, tokens)
+
+
+def along(nll: np.ndarray, ends: np.ndarray) -> list[float | None]:
+    """Perplexity in each bin that ends at `ends` [bins]."""
+    return [number(perplexity(part)) for part in np.split(nll, ends[:-1])]
+
+
+def held(arm: Arm, ends: np.ndarray) -> list[int | None]:
+    """Cache bytes after the step that reached each of `ends` [bins]; None after the arm stopped."""
+    read, held_bytes = arm.score.read, arm.score.cache_bytes
+    steps = np.searchsorted(read, ends - 1)  # the last token is a target and never read
+    return [int(held_bytes[step]) if step < len(read) else None for step in steps]
+
+
+def number(value: float) -> float | None:
+    """`value`, or None for what was not measured: JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Strict JSON, indented, ending in a line break."""
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -1,0 +1,64 @@
+"""Results on disk: a folder is tried before any work is done, and all files of a result appear together or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from sinks.errors import InvalidInput
+
+
+@contextmanager
+def results_folder(folder: Path) -> Iterator[Path]:
+    """Makes `folder` if need be and proves that files can be made in it; if the work inside fails, what was made is taken away.
+
+    Raises:
+        InvalidInput: no file can be made there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"cannot write results to {str(folder)!r} ({error.strerror}); choose another --out") from error
+    try:
+        yield folder
+    except BaseException:
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Writes each content under its name in `folder`, replacing what was there; no reader ever sees half a file.
+
+    Everything is on disk under temporary names before the first name changes.
+
+    Returns:
+        The paths, in order.
+    """
+    waiting: list[tuple[Path, Path]] = []
+    try:
+        for name, content in contents.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            waiting.append((Path(temporary), folder / name))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files; results are ordinary ones
+        for temporary, final in waiting:
+            temporary.replace(final)
+    finally:
+        for temporary, _ in waiting:
+            temporary.unlink(missing_ok=True)
+    return [final for _, final in waiting]
+
+
+def current_umask() -> int:
+    """The process's file mode mask, which can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,214 @@
+"""The picture of a comparison: perplexity along the stream, and what it costs in memory, time and kept tokens.
+
+This is the only room with matplotlib. Figures are made as objects and drawn by Agg, so nothing global is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+from sinks.evals.arms import SWEEP
+from sinks.evals.compare import Comparison
+from sinks.report.document import along, bin_ends
+from sinks.report.words import headline, size
+
+INK, FAINT, GRID = "#1a1a1a", "#666666", "#e4e4e4"
+LABEL_GAP = 0.07
+"""Least distance between two names beside an axis, as a share of its height."""
+
+
+@dataclass(frozen=True)
+class Pen:
+    """How an arm is drawn. The colours are Okabe and Ito's, which every kind of colour vision tells apart."""
+
+    name: str
+    colour: str
+    width: float
+    dashes: tuple[float, ...] = ()
+
+
+PENS = {
+    "window": Pen("window only", "#D55E00", 2.2),
+    "dense": Pen("dense", INK, 1.6),
+    "sinks": Pen("sinks", "#0072B2", 3.0),
+    "newlines": Pen("line breaks as sinks", "#009E73", 1.6, (2.5, 1.2)),
+    "recompute": Pen("re-computed", "#CC79A7", 1.6),
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """Text beside the point (x, y), in data units."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def comparison_figure(comparison: Comparison, subtitle: str) -> Figure:
+    """The picture, 12 x 7.2 inches on white, with the panels that the measured arms allow."""
+    figure = Figure(figsize=(12, 7.2), facecolor="white")
+    figure.text(0.055, 0.945, headline(comparison), fontsize=23, fontweight="bold", color=INK, va="center")
+    figure.text(0.055, 0.892, subtitle, fontsize=10.5, color=FAINT, va="center")
+    rows = figure.add_gridspec(2, 1, height_ratios=(1.6, 1), left=0.055, right=0.98, top=0.82, bottom=0.065, hspace=0.46)
+    draw_perplexity(figure.add_subplot(rows[0].subgridspec(1, 2, width_ratios=(4.4, 1))[0]), comparison)
+    panels = [draw_memory, draw_time]
+    if all(f"sweep-{kept}" in comparison.arms for kept in SWEEP):
+        panels.append(draw_sweep)
+    below = rows[1].subgridspec(1, len(panels), wspace=0.3)
+    for column, draw in enumerate(panels):
+        draw(figure.add_subplot(below[column]), comparison)
+    return figure
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """`figure` as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()
+
+
+# The panels
+
+
+def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
+    """Perplexity in bins along the stream, log scale; every line is named where it ends, with its mean after eviction."""
+    ends = bin_ends(comparison.tokens)
+    middles = (np.append(0, ends[:-1]) + ends) / 2
+    labels = []
+    for name, pen in pens(comparison, "window", "dense", "newlines", "sinks"):
+        values = np.array(along(comparison.nll(name), ends), dtype=float)
+        line = axes.plot(middles, values, color=pen.colour, lw=pen.width, solid_capstyle="round")[0]
+        if pen.dashes:
+            line.set_dashes(pen.dashes)
+        last = np.flatnonzero(~np.isnan(values))[-1]
+        text = f"{overall(comparison, name):.1f}  {pen.name}"
+        labels.append(Label(middles[last], values[last], text, pen.colour))
+    axes.set_yscale("log")
+    capacity = comparison.settings.capacity
+    axes.axvline(capacity, color=FAINT, lw=1, ls=(0, (1, 2)))
+    style(axes, "Perplexity along the stream", f"in bins of {ends[0]:,} tokens, log scale")
+    along_stream(axes, comparison.tokens)
+    axes.text(capacity, 0.985, f" {capacity:,} keys: the first token leaves", transform=axes.get_xaxis_transform(),
+              color=FAINT, fontsize=9, va="top")  # fmt: skip
+    name_points(axes, labels)
+
+
+def draw_memory(axes: Axes, comparison: Comparison) -> None:
+    """Bytes of keys and values along the stream."""
+    labels = []
+    for name, pen in pens(comparison, "dense", "window", "sinks"):
+        score = comparison.arms[name].score
+        axes.plot(score.read, score.cache_bytes, color=pen.colour, lw=pen.width, solid_capstyle="round")
+        if name != "window" or "sinks" not in comparison.arms:  # as many keys, as many bytes: one line over the other
+            labels.append(Label(score.read[-1], score.cache_bytes[-1], size(score.cache_bytes[-1]), pen.colour))
+    style(axes, "Cache along the stream", "keys and values held")
+    along_stream(axes, comparison.tokens)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    name_points(axes, labels)
+
+
+def draw_time(axes: Axes, comparison: Comparison) -> None:
+    """Milliseconds to read one token at the end of the stream, one bar an arm."""
+    bars = pens(comparison, "recompute", "dense", "sinks", "window")
+    for height, (name, pen) in enumerate(bars):
+        latency = comparison.arms[name].score.latency
+        axes.barh(height, latency, color=pen.colour, height=0.62)
+        axes.annotate(f"{latency:,.0f}", (latency, height), (4, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK)
+    axes.set_yticks(range(len(bars)), [pen.name for _, pen in bars])
+    style(axes, "Time a token", "milliseconds, cache full")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(False, axis="y")
+
+
+def draw_sweep(axes: Axes, comparison: Comparison) -> None:
+    """Perplexity after the first eviction against the number of sinks, at equal capacity."""
+    values = [overall(comparison, f"sweep-{kept}") for kept in SWEEP]
+    colours = [PENS["sinks" if kept else "window"].colour for kept in SWEEP]
+    axes.bar(range(len(SWEEP)), values, color=colours, width=0.62)
+    for x, value in enumerate(values):
+        axes.annotate(f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=9.5, color=INK)
+    if "dense" in comparison.arms and not np.isnan(dense := overall(comparison, "dense")):
+        axes.axhline(dense, color=INK, lw=1.2, ls=(0, (4, 2)))
+        axes.annotate("dense", (1, dense), (-2, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                      ha="right", fontsize=9, color=INK)  # fmt: skip
+    axes.set_xticks(range(len(SWEEP)), [str(kept) for kept in SWEEP])
+    style(axes, "Perplexity by number of sinks", f"{comparison.settings.capacity:,} keys in all")
+    axes.margins(y=0.14)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+# What the panels share
+
+
+def pens(comparison: Comparison, *names: str) -> list[tuple[str, Pen]]:
+    """The measured arms among `names`, with how they are drawn."""
+    return [(name, PENS[name]) for name in names if name in comparison.arms]
+
+
+def overall(comparison: Comparison, name: str) -> float:
+    """An arm's perplexity after the first eviction."""
+    return comparison.perplexity(name, comparison.after_eviction)
+
+
+def style(axes: Axes, title: str, detail: str) -> None:
+    """Title and detail above the left edge, no box, faint lines across."""
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
+    axes.text(0, 1.035, detail, transform=axes.transAxes, fontsize=9.5, color=FAINT, va="bottom")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=INK)
+    axes.grid(True, axis="y", color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def along_stream(axes: Axes, tokens: int) -> None:
+    """An axis of stream positions from the first token to the last."""
+    axes.set_xlim(0, tokens)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("tokens read", fontsize=9.5, color=FAINT, loc="right", labelpad=2)
+    if axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
+        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
+        axes.yaxis.set_major_locator(FixedLocator([decade * step for decade in decades for step in steps]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def name_points(axes: Axes, labels: list[Label]) -> None:
+    """Writes every label right of its point, moved apart where they would overlap."""
+    to_axes = axes.transAxes.inverted()
+    heights = [to_axes.transform(axes.transData.transform((label.x, label.y)))[1] for label in labels]
+    for label, height in zip(labels, apart(heights, LABEL_GAP), strict=True):
+        x = to_axes.transform(axes.transData.transform((label.x, label.y)))[0]
+        axes.text(max(x, 1.0) + 0.012, height, label.text, transform=axes.transAxes, color=label.colour, fontsize=11,
+                  fontweight="bold", va="center", clip_on=False)  # fmt: skip
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """`heights`, in the same order, moved as little as needed to stand at least `gap` from each other."""
+    order = np.argsort(heights)
+    placed = np.array(heights)[order]
+    for _ in range(100):
+        short = gap - np.diff(placed)
+        if (short <= 1e-6).all():
+            break
+        for lower in np.flatnonzero(short > 1e-6):
+            push = max(gap - (placed[lower + 1] - placed[lower]), 0) / 2
+            placed[lower], placed[lower + 1] = placed[lower] - push, placed[lower + 1] + push
+    found = np.empty_like(placed)
+    found[order] = placed
+    return found.tolist()

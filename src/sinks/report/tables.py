@@ -1,0 +1,76 @@
+"""The table that a comparison prints."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sinks.evals.compare import Arm, Comparison
+from sinks.report.words import notes, reading, size, times
+
+COLUMNS = ("all", "after\nevict.", "last\nquarter", "vs\nsinks", "ms a\ntoken", "cache", "peak\nmemory")
+"""Headings after the arm and what it keeps; narrow, so that the table fits into 80 columns. The first three are perplexities."""
+
+
+def comparison_table(comparison: Comparison, title: str) -> Table:
+    """One row an arm; an arm that repeats another one's setting names it instead of repeating its costs."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    table.add_column("keeps", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    previous = ""
+    for arm in comparison.arms.values():
+        group = arm.name.partition("-")[0]
+        if previous and group != previous and "sweep" in (group, previous):
+            table.add_row()
+        table.add_row(*row(comparison, arm), style=style(arm))
+        previous = group
+    return table
+
+
+def row(comparison: Comparison, arm: Arm) -> list[str]:
+    """The cells of one arm."""
+    name, last = arm.name, comparison.last_quarter
+    everywhere = comparison.scorable
+    perplexities = [
+        decimal(comparison.perplexity(name, everywhere)),
+        decimal(comparison.perplexity(name, comparison.after_eviction)),
+        decimal(comparison.perplexity(name, last)) if comparison.covers(name, last) else "stopped",
+        times(comparison.ratio(name, "sinks")) if "sinks" in comparison.arms and arm.measured_as != "sinks" else "",
+    ]
+    if arm.measured_as != name:
+        return [name, arm.contender.keeps, *perplexities, "", "", f"= {arm.measured_as}"]
+    costs = [
+        f"{arm.score.latency:,.{1 if arm.score.latency < 100 else 0}f}",
+        size(arm.cache_bytes),
+        size(arm.peak_bytes),
+    ]
+    return [name, arm.contender.keeps, *perplexities, *costs]
+
+
+def style(arm: Arm) -> str:
+    """The one arm that this library is about stands out; repetitions stand back."""
+    if arm.measured_as != arm.name:
+        return "dim"
+    return "bold" if arm.name == "sinks" else ""
+
+
+def decimal(value: float) -> str:
+    """A perplexity with three or four figures that matter; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def summary(comparison: Comparison, title: str) -> Group:
+    """Table, notes and the reading in words, for one `print` of a rich console."""
+    return Group(
+        Padding(comparison_table(comparison, title), (1, 0, 0, 0)),
+        Padding(Text("\n".join(notes(comparison)), style="dim"), (1, 0)),
+        Text(reading(comparison)),
+    )
