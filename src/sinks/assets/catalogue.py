@@ -181,7 +181,7 @@ _GEMMA3 = ModelAsset(
 
 _PYTHON_REFERENCE = TextAsset(
     name=DEFAULT_TEXT,
-    title="The Python language reference inside CPython (pydoc_data.topics)",
+    title="Python language reference, inside every CPython",
     licence="PSF-2.0",
     source="pydoc_data.topics",
 )
@@ -189,7 +189,7 @@ _PYTHON_REFERENCE = TextAsset(
 _AUSTEN = TextAsset(
     name="austen",
     title="Jane Austen, six novels",
-    licence="public domain (package: MIT)",
+    licence="public domain, package MIT",
     source="Debian package r-cran-janeaustenr 1.0.0-1",
     payload=_single(
         Package(
@@ -211,7 +211,7 @@ _AUSTEN = TextAsset(
 _BIBLE = TextAsset(
     name="bible",
     title="The Bible, King James Version",
-    licence="public domain (crown rights in the United Kingdom)",
+    licence="public domain outside the United Kingdom",
     source="Debian package bible-kjv-text 4.38",
     payload=_single(
         Package(

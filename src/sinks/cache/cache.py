@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sinks.cache.arrival import Arrival
-from sinks.cache.plan import Plan
+from sinks.cache.plan import Plan, check_whole
 from sinks.cache.ring import Ring
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.scoring import Scoring
@@ -48,13 +48,14 @@ class SinkCache(Cache):
     ) -> SinkCache:
         """An empty cache for `model`: `sinks` first tokens and `window` recent ones, the current one included.
 
-        `start` is the stream position of the first token; any integer of 64 bits gives the same logits. A layer with
+        `start` is the stream position of the first token, 0 or more; wherever it begins, a stream gives the same logits. A layer with
         a sliding window of its own that is smaller than sinks + window keeps that window, and no sinks.
 
         Raises InvalidInput for sizes that make no sense, CapacityError where sinks + window exceed what the model was
         trained on, UnsupportedModel with the reason where the model cannot stream.
         """
         plan = Plan(sinks, window)
+        check_whole("start", start, least=0)
         scheme = describe(model)
         if scheme.trained_length is not None and plan.capacity > scheme.trained_length:
             raise CapacityError(

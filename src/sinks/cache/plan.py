@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from sinks.errors import InvalidInput
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise InvalidInput unless `value` is a whole number of at least `least`."""
+    if type(value) is not int:
+        raise InvalidInput(f"{name}={value!r} is not a whole number")
+    if value < least:
+        raise InvalidInput(f"{name}={value} is too small: give {least} or more")
+
+
 @dataclass(frozen=True)
 class Plan:
     """`sinks` first tokens and `window` most recent ones, the current one included."""
@@ -21,11 +29,8 @@ class Plan:
     window: int
 
     def __post_init__(self) -> None:
-        for name, value, least in (("sinks", self.sinks, 0), ("window", self.window, 1)):
-            if type(value) is not int:
-                raise InvalidInput(f"{name}={value!r} is not a whole number")
-            if value < least:
-                raise InvalidInput(f"{name}={value} is too small: give {least} or more")
+        check_whole("sinks", self.sinks, least=0)
+        check_whole("window", self.window, least=1)
 
     @property
     def capacity(self) -> int:

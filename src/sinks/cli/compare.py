@@ -135,16 +135,16 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
     model = attach(loaded.model)
     SinkCache.for_model(model, sinks=settings.sinks, window=settings.window)  # raises if they do not fit the model
-    every_id, begins_with_bos = stream_ids(loaded.tokenizer, text.text)
-    ids = cut(every_id, flags.tokens, TOKENS, settings.needed, text.name).to(model.device)
-    arms = contenders(settings, model, loaded.tokenizer, begins_with_bos)
+    every_id, bos = stream_ids(loaded.tokenizer, text.text)
+    ids = cut(every_id, flags.tokens, TOKENS, settings.needed).to(model.device)
+    arms = contenders(settings, model, loaded.tokenizer, bos)
     with progress_bars() as stage:
         comparison = compare(model, ids, settings, arms, meter_for(model.device), stage)
     source = {key: value for key, value in asdict(text).items() if key != "text"}
     return comparison, {
         "created": now(),
         "model": asdict(loaded.source) | {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)},
-        "text": source | {"tokens": len(every_id), "begins_with_bos": begins_with_bos},
+        "text": source | {"tokens": len(every_id), "bos": bos},
         "machine": machine(model.device),
         "versions": versions(),
     }

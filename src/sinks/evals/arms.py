@@ -1,4 +1,6 @@
-"""Which arms a comparison has: from the words on the command line to contenders that all hold equal memory."""
+"""Which arms a comparison has: from words to contenders that all hold equal memory."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -10,24 +12,17 @@ from sinks.evals.tokens import line_break
 from sinks.models.families import describe
 
 ARMS = ("dense", "window", "recompute", "sinks", "sweep", "newlines")
-SWEEP = (0, 1, 2, 4, 8)  # sinks, at equal capacity (StreamingLLM, Table 2)
+SWEEP = (0, 1, 2, 4, 8)
+"""Sinks of the sweep, at equal capacity (StreamingLLM, Table 2)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a comparison measures.
+    """Everything that decides what a comparison measures. Raises InvalidInput where it makes no sense.
 
-    Attributes:
-        sinks, window: tokens; every bounded arm holds `sinks + window` keys in all.
-        arms: of `ARMS`, in that order, each once.
-        seed: draws the sampled positions.
-        samples: positions at which re-computation is measured.
-        chunk: tokens a forward pass.
-        singles: tokens at the end of the stream that are read one by one, for the latency.
-        beyond_trained_length: whether dense attention reads on after the length that the model was trained on.
-
-    Raises:
-        InvalidInput: a size is too small, an arm is unknown, or the sweep does not fit into `sinks + window`.
+    Every bounded arm holds `sinks + window` keys. `arms` are of `ARMS`. Re-computation is measured at `samples`
+    positions, which `seed` draws. `chunk` tokens go into one forward pass, and the last `singles` tokens are read one
+    by one, for the latency. Dense attention stops at the model's trained length unless `beyond_trained_length`.
     """
 
     sinks: int
@@ -42,41 +37,46 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("sinks", "window", "samples", "chunk", "singles"):
             if (value := getattr(self, name)) < 1:
-                reason = "; the arm without sinks is 'window'" if name == "sinks" else ""
-                raise InvalidInput(f"{name} must be at least 1, got {value}{reason}")
+                advice = ": the arm without sinks is 'window'" if name == "sinks" else ""
+                raise InvalidInput(f"{name} must be at least 1, got {value}{advice}")
         if self.seed < 0:
             raise InvalidInput(f"seed must be at least 0, got {self.seed}")
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or not self.arms:
-            raise InvalidInput(f"unknown arm {', '.join(map(repr, unknown)) or '(none given)'}; the arms are {', '.join(ARMS)}")
+        if not self.arms:
+            raise InvalidInput(f"no arm was asked for: the arms are {', '.join(ARMS)}")
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise InvalidInput(f"no arm is called {unknown[0]!r}: the arms are {', '.join(ARMS)}")
         if "sweep" in self.arms and self.capacity <= max(SWEEP):
-            raise InvalidInput(f"the sweep keeps up to {max(SWEEP)} sinks and needs sinks + window above that, got {self.capacity}")
+            raise InvalidInput(
+                f"the sweep keeps up to {max(SWEEP)} sinks, and sinks + window is only {self.capacity}: "
+                "choose a larger window, or leave 'sweep' out of the arms"
+            )
 
     @property
     def capacity(self) -> int:
-        """Keys that every bounded arm holds: C = sinks + window."""
+        """Keys that every bounded arm holds, sinks + window."""
         return self.sinks + self.window
 
     @property
     def first_target(self) -> int:
-        """The first token that is scored: the line breaks take the place of those before it, so no arm is scored on them."""
+        """The first token that is scored: line breaks replace those before it, so no arm is scored on them."""
         return self.sinks
 
     @property
     def needed(self) -> int:
-        """Tokens of text without which the cache is not full when the single steps begin."""
+        """Tokens of text below which the cache is not yet full when the single steps begin."""
         return self.capacity + self.singles + 1
 
 
 def contenders(
-    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, begins_with_bos: bool
+    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: int | None
 ) -> dict[str, Contender]:
-    """The contenders by arm name, in the order of `ARMS`; the sweep becomes `sweep-0`, `sweep-1`, ...
+    """The contenders by arm, in the order of `ARMS`; the sweep becomes `sweep-0`, `sweep-1` and so on.
 
-    Raises:
-        UnsupportedOption: the tokenizer has no line break, and the arm `newlines` was asked for.
+    `bos` is the token that streams of this model begin with, as `stream_ids` found it.
+
+    Raises UnsupportedOption if the arm `newlines` is asked for and the tokenizer has no line break.
     """
-    sinks, window, capacity = settings.sinks, settings.window, settings.capacity
+    capacity = settings.capacity
     found: dict[str, Contender] = {}
     for arm in (arm for arm in ARMS if arm in settings.arms):
         match arm:
@@ -85,12 +85,11 @@ def contenders(
             case "window":
                 found[arm] = Sinks(0, capacity)
             case "recompute":
-                prefix = tokenizer.bos_token_id if begins_with_bos else None
-                found[arm] = Recompute(capacity, settings.samples, settings.seed, prefix)
+                found[arm] = Recompute(capacity, settings.samples, settings.seed, bos)
             case "sinks":
-                found[arm] = Sinks(sinks, window)
+                found[arm] = Sinks(settings.sinks, settings.window)
             case "sweep":
                 found |= {f"sweep-{kept}": Sinks(kept, capacity - kept) for kept in SWEEP}
             case "newlines":
-                found[arm] = Newlines(sinks, window, line_break(tokenizer))
+                found[arm] = Newlines(settings.sinks, settings.window, line_break(tokenizer))
     return found

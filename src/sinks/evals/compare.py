@@ -1,11 +1,14 @@
-"""Runs the arms of a comparison over one stream and turns their scores into numbers that may be set side by side."""
+"""Runs the arms of a comparison over one stream, and turns their scores into numbers that may stand side by side."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,20 +17,16 @@ from sinks.evals.contenders import Contender, Pace
 from sinks.evals.memory import Meter, watch
 from sinks.evals.perplexity import Listener, Score, perplexity
 
-Stage = Callable[[str, int], Listener]  # told an arm's name and its amount of work, it returns who listens to that arm
+Stage = Callable[[str, int], Listener]
+"""Told the name of an arm that begins and its amount of work, returns who listens to it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One arm, measured.
 
-    Attributes:
-        name: as in the table.
-        contender: what was run.
-        score: what it found.
-        peak_bytes: most memory held while it ran, above the loaded model.
-        seconds: wall clock of the whole arm.
-        measured_as: the arm whose run this is; another name if two arms have the same contender.
+    `peak_bytes` is the most memory held while it ran, above the loaded model; `seconds` its whole wall clock.
+    `measured_as` names the arm whose run this is: another one if both have equal contenders.
     """
 
     name: str
@@ -45,13 +44,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Perplexity of one arm over that of another, on the targets that both scored.
+    """Perplexity of one arm over that of another, on the tokens that both scored.
 
-    Attributes:
-        value: exp of the mean difference in surprise; 1.25 means 25 % more perplexed.
-        error: standard error of `value`, tokens taken as independent.
-        targets: how many targets both scored.
-        first, last: the first and the last of them, as indices into the stream.
+    `value` is exp of the mean difference in surprise, and `error` its standard error, tokens taken as independent.
+    `targets` counts the shared tokens, from stream position `first` to `last`.
     """
 
     value: float
@@ -61,9 +57,9 @@ class Ratio:
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
-    """All arms over one stream of `tokens`, by name."""
+    """All arms, by name, over one stream of `tokens`."""
 
     settings: Settings
     tokens: int
@@ -71,62 +67,64 @@ class Comparison:
     memory_method: str
 
     @property
-    def scorable(self) -> np.ndarray:
-        """bool [tokens]: targets that every arm could score."""
+    def everywhere(self) -> Bool[np.ndarray, " tokens"]:
+        """Tokens that every arm can score."""
         return np.arange(self.tokens) >= self.settings.first_target
 
     @property
-    def after_eviction(self) -> np.ndarray:
-        """bool [tokens]: targets whose query stands at t >= C, so that something was let go before it."""
+    def after_eviction(self) -> Bool[np.ndarray, " tokens"]:
+        """Tokens predicted from stream position t >= sinks + window, so that something was let go before."""
         return np.arange(self.tokens) > self.settings.capacity
 
     @property
-    def last_quarter(self) -> np.ndarray:
-        """bool [tokens]: targets in the last quarter of the stream."""
+    def last_quarter(self) -> Bool[np.ndarray, " tokens"]:
+        """Tokens in the last quarter of the stream."""
         return np.arange(self.tokens) >= self.tokens - self.tokens // 4
 
     @property
-    def sampled(self) -> np.ndarray:
-        """bool [tokens]: targets at which re-computation was measured; none without that arm."""
+    def sampled(self) -> Bool[np.ndarray, " tokens"]:
+        """Tokens at which re-computation was measured; none without that arm."""
         arm = self.arms.get("recompute")
         return arm.score.scored if arm else np.zeros(self.tokens, bool)
 
-    def nll(self, arm: str) -> np.ndarray:
-        """float64 [tokens], the surprise that counts: NaN where some arm could not have been scored."""
-        return np.where(self.scorable, self.arms[arm].score.nll, np.nan)
+    def nll(self, arm: str) -> Float[np.ndarray, " tokens"]:
+        """The surprise that counts, nats: NaN where the arm did not score, or some arm cannot."""
+        return np.where(self.everywhere, self.arms[arm].score.nll, np.nan)
 
-    def perplexity(self, arm: str, where: np.ndarray) -> float:
-        """Perplexity of an arm on its own scored targets among `where` [tokens]; NaN if there is none."""
+    def perplexity(self, arm: str, where: Bool[np.ndarray, " tokens"]) -> float:
+        """An arm's perplexity on the tokens among `where` that it scored; NaN if there is none."""
         return perplexity(self.nll(arm), where)
 
-    def covers(self, arm: str, where: np.ndarray) -> bool:
-        """Whether the arm read the whole of `where`; one that stopped half-way must not be read as if it had."""
-        stop = self.arms[arm].contender.stops_at(self.tokens)
-        return stop is None or stop >= np.flatnonzero(where)[-1]
+    def perplexity_last_quarter(self, arm: str) -> float:
+        """An arm's perplexity on the last quarter; NaN if it stopped before the end and so did not read it all."""
+        stopped = self.arms[arm].contender.stops_at(self.tokens) is not None
+        return float("nan") if stopped else self.perplexity(arm, self.last_quarter)
 
-    def ratio(self, arm: str, against: str, where: np.ndarray | None = None) -> Ratio | None:
-        """How much more perplexed `arm` is than `against` on shared targets (by default those after the first eviction); None if
-        they share fewer than two."""
-        difference = self.nll(arm) - self.nll(against)
-        shared = ~np.isnan(difference) & (self.after_eviction if where is None else where)
-        at = np.flatnonzero(shared)
-        if len(at) < 2:
+    def ratio(self, arm: str, against: str) -> Ratio | None:
+        """How much more perplexed `arm` is than `against` on shared tokens after the first eviction.
+
+        None if either was not measured, or they share fewer than two such tokens.
+        """
+        if arm not in self.arms or against not in self.arms:
             return None
-        value = float(np.exp(difference[at].mean()))
-        error = value * float(difference[at].std(ddof=1)) / len(at) ** 0.5
-        return Ratio(value, error, len(at), int(at[0]), int(at[-1]))
+        difference = np.where(self.after_eviction, self.nll(arm) - self.nll(against), np.nan)
+        shared = np.flatnonzero(~np.isnan(difference))
+        if len(shared) < 2:
+            return None
+        value = float(np.exp(difference[shared].mean()))
+        error = value * float(difference[shared].std(ddof=1)) / len(shared) ** 0.5
+        return Ratio(value, error, len(shared), int(shared[0]), int(shared[-1]))
 
 
 def compare(
-    model: PreTrainedModel, ids: Tensor, settings: Settings, contenders: Mapping[str, Contender], meter: Meter, stage: Stage
+    model: PreTrainedModel,
+    ids: Int[Tensor, " tokens"],
+    settings: Settings,
+    contenders: Mapping[str, Contender],
+    meter: Meter,
+    stage: Stage,
 ) -> Comparison:
-    """Measures every contender over `ids` [tokens], one after the other, each different one once.
-
-    Args:
-        model: attached, on its device.
-        contenders: from `sinks.evals.arms.contenders`.
-        stage: told when an arm begins.
-    """
+    """Measure every contender over `ids`, one after the other, equal ones once. `model` is attached; see `Stage`."""
     warm_up(model, ids, settings.chunk)
     done: dict[Contender, Arm] = {}
     arms: dict[str, Arm] = {}
@@ -134,21 +132,22 @@ def compare(
         if contender not in done:
             pace = Pace(settings.chunk, settings.singles, stage(name, contender.work(len(ids))))
             done[contender] = measure(name, contender, model, ids, pace, meter)
-        first = done[contender]
-        arms[name] = Arm(name, contender, first.score, first.peak_bytes, first.seconds, first.name)
+        arms[name] = replace(done[contender], name=name)
     return Comparison(settings, len(ids), arms, meter.method)
 
 
-def measure(name: str, contender: Contender, model: PreTrainedModel, ids: Tensor, pace: Pace, meter: Meter) -> Arm:
+def measure(
+    name: str, contender: Contender, model: PreTrainedModel, ids: Int[Tensor, " tokens"], pace: Pace, meter: Meter
+) -> Arm:
     """One contender's score, peak memory and time."""
     began = time.perf_counter()
     with watch(meter) as peak:
         score = contender.read(model, ids, pace)
-    return Arm(name, contender, score, peak.bytes, time.perf_counter() - began, name)
+    return Arm(name, contender, score, peak.bytes, time.perf_counter() - began, measured_as=name)
 
 
 @torch.inference_mode()
-def warm_up(model: PreTrainedModel, ids: Tensor, chunk: int) -> None:
-    """One chunk and one token without a cache: weights become resident and libraries allocate what they keep, before any arm is measured."""
+def warm_up(model: PreTrainedModel, ids: Int[Tensor, " tokens"], chunk: int) -> None:
+    """Read a chunk and a token without a cache: weights become resident, and libraries allocate what they keep."""
     for count in (chunk, 1):
         model(input_ids=ids[None, :count], use_cache=False)

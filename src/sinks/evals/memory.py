@@ -1,8 +1,11 @@
 """Measures memory: what a cache holds, and the peak of a piece of work above what was there before it.
 
-On CUDA the allocator keeps the peak. On Linux the kernel does (`VmHWM`), and writing 5 to `/proc/self/clear_refs` resets it (proc(5)), so
-no sample can miss a spike. Elsewhere a thread samples the resident size. The method is part of every result.
+On CUDA the allocator keeps the peak. On Linux the kernel does (`VmHWM`), and writing 5 to `/proc/self/clear_refs`
+resets it (proc(5)), so that no spike is missed. Elsewhere a thread samples the resident size. A result names its
+method.
 """
+
+from __future__ import annotations
 
 import ctypes
 import gc
@@ -17,6 +20,7 @@ from typing import Protocol
 
 import psutil
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sinks.cache.cache import SinkCache
@@ -25,19 +29,15 @@ SAMPLE_SECONDS = 0.005
 
 
 def bytes_held(cache: Cache) -> int:
-    """Bytes of all tensors that `cache` keeps between two forward passes."""
+    """Bytes of the tensors that `cache` keeps between two forward passes: its keys and values."""
     if isinstance(cache, SinkCache):
         return cache.nbytes
-    return sum(held.nbytes for layer in cache.layers for held in (layer.keys, layer.values) if held is not None)
+    return sum(held.nbytes for layer in cache.layers for held in vars(layer).values() if isinstance(held, Tensor))
 
 
 @dataclass
 class Peak:
-    """Filled in when the watched work ends.
-
-    Attributes:
-        bytes: most memory held during the work, above what was held when it began.
-    """
+    """`bytes`: most memory held during the watched work, above what was held when it began; set when it ends."""
 
     bytes: int = 0
 
@@ -58,6 +58,7 @@ class CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.base = 0
 
     def start(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -68,14 +69,18 @@ class CudaMeter:
 
 
 class HighWaterMeter:
-    """The kernel's high-water mark of resident memory (Linux)."""
+    """The kernel's high-water mark of this process's resident memory (Linux)."""
 
-    method = "VmHWM of /proc/self/status, reset for each arm"
+    method = "VmHWM of Linux, reset for each arm"
     reset = Path("/proc/self/clear_refs")
     status = Path("/proc/self/status")
 
+    def __init__(self) -> None:
+        self.base = 0
+
     @classmethod
     def available(cls) -> bool:
+        """Whether this system keeps the mark and lets a process reset its own."""
         return sys.platform == "linux" and os.access(cls.reset, os.W_OK)
 
     def start(self) -> None:
@@ -86,30 +91,38 @@ class HighWaterMeter:
         return self.high_water() - self.base
 
     def high_water(self) -> int:
+        """The mark, in bytes."""
         line = next(line for line in self.status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
 
 
 class SampledMeter:
-    """Resident size sampled every 5 ms by a thread; a shorter spike can be missed."""
+    """Resident size of this process, sampled every 5 ms by a thread; a shorter spike can be missed."""
 
-    method = "resident size sampled every 5 ms"
+    method = "resident size, sampled every 5 ms"
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.base = self.most = 0
+        self.done = threading.Event()
+        self.thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self.process = psutil.Process()
         self.base = self.most = self.process.memory_info().rss
-        self.done = threading.Event()
+        self.done.clear()
         self.thread = threading.Thread(target=self.sample, daemon=True)
         self.thread.start()
 
-    def sample(self) -> None:
-        while not self.done.wait(SAMPLE_SECONDS):
-            self.most = max(self.most, self.process.memory_info().rss)
-
     def stop(self) -> int:
         self.done.set()
-        self.thread.join()
+        if self.thread:
+            self.thread.join()
         return max(self.most, self.process.memory_info().rss) - self.base
+
+    def sample(self) -> None:
+        """What the thread does."""
+        while not self.done.wait(SAMPLE_SECONDS):
+            self.most = max(self.most, self.process.memory_info().rss)
 
 
 def meter_for(device: torch.device) -> Meter:
@@ -121,7 +134,7 @@ def meter_for(device: torch.device) -> Meter:
 
 @contextmanager
 def watch(meter: Meter) -> Iterator[Peak]:
-    """Measures the peak of the work inside; memory that earlier work freed goes back to the system first.
+    """Measure the peak of the work inside; what earlier work freed goes back to the system first.
 
     Load the model and run it once before: weights mapped from a file become resident only when they are first used.
     """
@@ -135,7 +148,7 @@ def watch(meter: Meter) -> Iterator[Peak]:
 
 
 def release_freed_memory() -> None:
-    """Collects garbage and, where the C library can (glibc), hands its free lists back, so that they hide no later growth."""
+    """Collect garbage and, where the C library can (glibc), return free lists to the system: they would hide growth."""
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

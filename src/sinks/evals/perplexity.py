@@ -1,8 +1,10 @@
 """Scores a stream: the surprise of every token, in memory that does not grow with the text.
 
-The stream is fed in chunks, and after each chunk only the surprise of its tokens is kept. Logits live for one chunk, [chunk, vocab], and
-the log-softmax widens them to float32 a few rows at a time.
+The stream is fed in chunks, and of each chunk only the surprise of its tokens is kept. Logits, [chunk, vocab], live
+for one chunk, and the log-softmax widens them to float32 a few rows at a time.
 """
+
+from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,74 +20,59 @@ from transformers.cache_utils import Cache
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.evals.memory import bytes_held
 
-Listener = Callable[[int], None]  # hears how many more tokens were read
+Listener = Callable[[int], None]
+"""Hears, after each step, how many more tokens (or samples) are done."""
 
-SLICE_ELEMENTS = 1 << 22  # logits widened to float32 at a time: 16 MiB
+SLICE_ELEMENTS = 1 << 22
+"""Logits widened to float32 at a time: 16 MiB."""
 
 
 def ignore(_: int) -> None:
     """A listener for those who do not watch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """What one reader thought of one stream.
 
-    Attributes:
-        nll: float64 [tokens], nats. `nll[i]` = -log p(token i | what was visible); NaN where token i was not scored, as token 0 never is.
-        read: int64 [steps], tokens read when each step ended.
-        milliseconds: float64 [steps], wall clock of each step: forward pass and log-softmax.
-        cache_bytes: int64 [steps], bytes of keys and values held when each step ended.
-        singles: how many of the last steps read exactly one token; their time is the latency.
+    `nll[i]` is -log p(token i | what was visible) in nats, NaN where token i was not scored, as token 0 never is.
+    For every step: `read`, the tokens read when it ended; `milliseconds`, wall clock of its forward pass and
+    log-softmax; `cache_bytes`, keys and values held when it ended. The last `singles` steps read one token each.
     """
 
-    nll: np.ndarray
-    read: np.ndarray
-    milliseconds: np.ndarray
-    cache_bytes: np.ndarray
+    nll: Float[np.ndarray, " tokens"]
+    read: Int[np.ndarray, " steps"]
+    milliseconds: Float[np.ndarray, " steps"]
+    cache_bytes: Int[np.ndarray, " steps"]
     singles: int
 
     @property
-    def scored(self) -> np.ndarray:
-        """bool [tokens]: which targets have a surprise."""
+    def scored(self) -> Bool[np.ndarray, " tokens"]:
+        """Which tokens have a surprise."""
         return ~np.isnan(self.nll)
 
     @property
     def latency(self) -> float:
-        """Median milliseconds of a step that reads one token; NaN if there was none."""
+        """Median milliseconds of the single steps; NaN if there was none."""
         return float(np.median(self.milliseconds[-self.singles :])) if self.singles else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read a second in the steps before the single ones; over all steps if there are only single ones."""
+        """Speed of the steps before the single ones; of the single ones if there are no others."""
         bulk = len(self.read) - self.singles
-        if bulk == 0:
-            return 1e3 * len(self.read) / float(self.milliseconds.sum())
-        return 1e3 * float(self.read[bulk - 1]) / float(self.milliseconds[:bulk].sum())
+        tokens, steps = (self.read[bulk - 1], slice(bulk)) if bulk else (self.singles, slice(None))
+        return 1e3 * float(tokens) / float(self.milliseconds[steps].sum())
 
 
-def perplexity(nll: np.ndarray, where: np.ndarray | slice = slice(None)) -> float:
-    """exp of the mean surprise over the scored targets among `where`; NaN if none of them was scored.
-
-    Args:
-        nll: float [tokens], nats, NaN where not scored.
-        where: a mask [tokens] or a slice.
-    """
-    chosen = nll[where]
+def perplexity(nll: Float[np.ndarray, " tokens"], where: Bool[np.ndarray, " tokens"] | None = None) -> float:
+    """exp of the mean of `nll` over the scored tokens among `where` (None: all); NaN if none of them was scored."""
+    chosen = nll if where is None else nll[where]
     chosen = chosen[~np.isnan(chosen)]
     return float(np.exp(chosen.mean())) if chosen.size else float("nan")
 
 
-def surprise(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[targets], in float32 or wider whatever the model computes in.
-
-    Args:
-        logits: [queries, vocab].
-        targets: [queries], token ids.
-
-    Returns:
-        float32 or float64 [queries], nats. No copy of `logits` larger than 16 MiB (or one row) is made.
-    """
+def surprise(logits: Float[Tensor, "queries vocab"], targets: Int[Tensor, " queries"]) -> Float[Tensor, " queries"]:
+    """-log softmax(logits) at `targets`, nats, in float32 or wider; nothing larger than 16 MiB or one row is copied."""
     rows = max(1, SLICE_ELEMENTS // logits.shape[-1])
     parts = []
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -95,29 +83,28 @@ def surprise(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int = 256, *, singles: int = 0, listen: Listener = ignore
+    model: PreTrainedModel,
+    ids: Int[Tensor, " tokens"],
+    cache: Cache,
+    chunk: int = 256,
+    *,
+    singles: int = 0,
+    listen: Listener = ignore,
 ) -> Score:
-    """Reads `ids` through `cache` and returns the surprise of every token after the first.
+    """Read `ids` through an empty `cache`, and return the surprise of every token after the first.
 
-    The last token is a target only and is never fed. With `chunk=1` this is the token-by-token route.
+    `chunk` tokens are fed in one forward pass; `chunk=1` is the token-by-token route. The last `singles` tokens are fed
+    one by one, which measures latency with the cache full. The very last token is only a target and is never fed.
+    The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token read.
 
-    Args:
-        model: a causal language model; one that `attach` prepared, if `cache` is a `SinkCache`.
-        ids: int64 [tokens], one stream, on the model's device.
-        cache: an empty cache; it holds the end of the stream afterwards.
-        chunk: tokens fed in one forward pass.
-        singles: how many tokens at the end are fed one by one, to measure latency with the cache full.
-        listen: called after each step with the number of tokens it read.
-
-    Raises:
-        InvalidInput: fewer than two tokens, `chunk` below 1, or `singles` not in 0 .. tokens - 1.
-        UnsupportedOption: the model's logits are not finite in its data type.
+    Raises InvalidInput for a stream of fewer than two tokens or sizes that make no sense, and UnsupportedOption where
+    the model's output is not finite in its data type.
     """
     feed = ids.numel() - 1
-    if ids.ndim != 1 or feed < 1:
-        raise InvalidInput(f"a stream to score is one row of at least 2 tokens, got shape {tuple(ids.shape)}")
+    if feed < 1:
+        raise InvalidInput(f"a stream to score has at least 2 tokens, got {ids.numel()}")
     if chunk < 1 or not 0 <= singles <= feed:
-        raise InvalidInput(f"chunk must be at least 1 and singles in 0..{feed}, got chunk={chunk}, singles={singles}")
+        raise InvalidInput(f"chunk must be at least 1 and singles from 0 to {feed}, got {chunk} and {singles}")
     nll = np.full(ids.numel(), np.nan)
     steps: list[tuple[int, float, int]] = []
     for start, stop in spans(feed, chunk, singles):
@@ -126,7 +113,7 @@ def score(
         found = surprise(logits, ids[start + 1 : stop + 1]).cpu()
         steps.append((stop, 1e3 * (time.perf_counter() - began), bytes_held(cache)))
         nll[start + 1 : stop + 1] = finite(found, start + 1, model.dtype)
-        del logits  # two chunks of logits must never be alive at once
+        del logits  # the next chunk's must not be made while these are alive
         listen(stop - start)
     read, milliseconds, held = zip(*steps, strict=True)
     return Score(nll, np.array(read), np.array(milliseconds), np.array(held), singles)
@@ -139,10 +126,10 @@ def spans(feed: int, chunk: int, singles: int) -> Iterator[tuple[int, int]]:
     yield from ((start, start + 1) for start in range(bulk, feed))
 
 
-def finite(nll: Tensor, first: int, dtype: torch.dtype) -> np.ndarray:
-    """`nll` [queries] as numpy, or an error: a surprise that is not a number must not pass for 'not scored'."""
+def finite(nll: Float[Tensor, " queries"], first: int, dtype: torch.dtype) -> Float[np.ndarray, " queries"]:
+    """The surprise of tokens `first`, `first` + 1, ... as numpy; NaN in it must not pass for 'not scored'."""
     wrong = ~torch.isfinite(nll)
     if wrong.any():
         at = first + int(wrong.nonzero()[0])
-        raise UnsupportedOption(f"the model's surprise at token {at} is not finite in {dtype}; use --dtype float32")
+        raise UnsupportedOption(f"the model's surprise at token {at} is not finite in {dtype}: load it as float32")
     return nll.double().numpy()

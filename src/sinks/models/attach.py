@@ -167,8 +167,16 @@ def _use_projections(base: nn.Module, projections: Projections, attachment: Atta
     for module in attention_modules(base, projections):
         for name in projections.inputs:
             attachment.handles.append(module.get_submodule(name).register_forward_hook(_catch))
+        attachment.handles.append(module.register_forward_pre_hook(_sparer(projections), with_kwargs=True))
         output = module.get_submodule(projections.output)
         attachment.handles.append(output.register_forward_pre_hook(_replacer(module, projections)))
+
+
+def _sparer(projections: Projections) -> Callable[..., Any]:
+    def spare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        return None if _streaming() is None else (args, kwargs | dict.fromkeys(projections.spared))
+
+    return spare
 
 
 def _catch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import transformers
@@ -19,10 +19,10 @@ from sinks.assets.catalogue import DEFAULT_MODEL, MODELS, ModelAsset, find_model
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
 from sinks.errors import AssetError, InvalidInput, UnknownName
-from sinks.models.checkpoint import check_config, gguf_inside, is_pickle, refuse_pickle
-from sinks.models.convert import Converted, convert, converted, digest
-from sinks.models.hub import snapshot
-from sinks.models.quiet import quiet
+from sinks.models.checkpoints.convert import Converted, convert, converted, digest
+from sinks.models.checkpoints.folder import check_config, gguf_inside, is_pickle, refuse_pickle
+from sinks.models.checkpoints.hub import snapshot
+from sinks.models.checkpoints.quiet import quiet
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,8 @@ class Source:
     """Where a model comes from; belongs beside every number measured on it.
 
     `licence` is what the source states, or "not stated". `revision` is the commit of a Hub model, the SHA-256 of a GGUF
-    file, and empty for a folder. `note` says what was done to the weights, such as "Q4_1 widened to float32", or is empty.
+    file, and empty for a folder. `note` says what was done to the weights, such as "Q4_1 widened to float32", or is
+    empty.
     """
 
     name: str
@@ -72,8 +73,8 @@ def load(
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
 
-    The first load of a built-in model downloads it (93 MB for the default) and converts it; later ones take a second and
-    no network. A built-in name goes before a folder of the same name, and a folder before a Hub id.
+    The first load of a built-in model downloads it (93 MB for the default) and converts it; later ones take a second
+    and no network. A built-in name goes before a folder of the same name, and a folder before a Hub id.
 
     Args:
         name: a built-in model ("smollm2", "gemma3-270m"), a folder, a `.gguf` file, or a Hub id ("owner/name");
@@ -102,7 +103,9 @@ def load(
     with quiet():
         model = _model(folder, element, trust_remote_code)
         tokenizer = _tokenizer(folder, trust_remote_code)
-    return Loaded(model.eval().to(place), tokenizer, source)
+    cast(torch.nn.Module, model).to(place)  # the annotation of transformers' own `to` lost its `self`
+    model.eval()
+    return Loaded(model, tokenizer, source)
 
 
 def prepare(asset: ModelAsset, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
@@ -125,7 +128,7 @@ def _find(
     path = Path(text).expanduser()
     if path.is_file():
         return _from_gguf(_file(path, report), str(path), "gguf")
-    if path.is_dir():
+    if text and path.is_dir():
         gguf = gguf_inside(path)
         if gguf is not None:
             return _from_gguf(_file(gguf, report), str(gguf), "gguf")
@@ -168,7 +171,7 @@ def _licence(folder: Path) -> str:
 
 
 def _model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    def read() -> tuple[transformers.PreTrainedModel, dict[str, set[str]]]:
+    def read() -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

@@ -21,12 +21,15 @@ class Projections:
     """Names of the projections of an attention module, and how their outputs become query, key and value heads.
 
     `split(module, outputs)` gives three `[batch, heads, columns, head_dim]`; `scale(module)` multiplies the scores.
+    `spared` names keywords that the module is not given in a stream: its own attention, which is thrown away, would
+    only fail on them.
     """
 
     inputs: tuple[str, ...]
     output: str
     split: Callable[[Any, list[Tensor]], Heads]
     scale: Callable[[Any], float]
+    spared: tuple[str, ...] = ()
 
 
 def _swap(*heads: Tensor) -> Heads:
@@ -70,7 +73,8 @@ PROJECTIONS: dict[str, Projections] = {
     "bloom": Projections(("query_key_value",), "dense", _split_interleaved, _root),
     "falcon": Projections(("query_key_value",), "dense", _split_falcon, _root),
     "gptj": Projections(("q_proj", "k_proj", "v_proj"), "out_proj", _split_gptj, _root),
-    "mpt": Projections(("Wqkv",), "out_proj", _split_mpt, lambda module: module.softmax_scale),
+    # MPT's table of biases ends at the trained length, and with it the chunk that its own attention can take.
+    "mpt": Projections(("Wqkv",), "out_proj", _split_mpt, lambda module: module.softmax_scale, ("position_bias",)),
 }
 
 

@@ -14,30 +14,29 @@ from sinks.evals.perplexity import perplexity
 SCHEMA = 1
 MOST_BINS = 256
 
+MS = "median milliseconds to read one of the last tokens of the stream, one at a time, the cache full"
 DEFINITIONS = {
-    "perplexity": "exp of the mean surprise over the arm's own scored targets; the first `sinks` tokens are scored in no arm",
-    "perplexity_after_eviction": "the same over targets whose query stands at position t >= sinks + window",
-    "perplexity_last_quarter": "the same over the last quarter of the stream; null if the arm stopped before its end",
-    "perplexity_at_samples": "the same over the positions at which re-computation was measured",
-    "ms_per_token": "median time to read one token when nothing is left to fill: the last `singles` tokens, one at a time; "
-    "for re-computation, of all samples",
-    "tokens_per_second": "scoring speed in chunks, before those last tokens",
-    "cache_bytes": "most bytes of keys and values held between two steps",
-    "peak_bytes": "most memory held during the arm, above the loaded and warmed-up model",
-    "scored_tokens": "targets behind `perplexity`",
+    "perplexity": "exp of the mean surprise over the arm's own scored tokens; no arm is scored on the first `sinks` ones",
+    "perplexity_after_eviction": "the same, over tokens predicted from a position t >= sinks + window",
+    "perplexity_last_quarter": "the same, over the last quarter of the stream; null if the arm stopped before its end",
+    "perplexity_at_samples": "the same, over the tokens at which re-computation was measured",
+    "scored_tokens": "how many tokens `perplexity` is over",
     "stopped_at": "tokens after which the arm stopped reading; null if it read to the end",
     "measured_as": "the arm whose run this is: equal settings are measured once",
-    "ratios": "exp of the mean difference in surprise on the targets that both arms scored after the first eviction",
+    "ms_per_token": f"{MS}; for re-computation, of a sampled token",
+    "tokens_per_second": "scoring speed in chunks, before those last tokens; for re-computation, of the samples",
+    "cache_bytes": "most bytes of keys and values held between two steps",
+    "peak_bytes": "most memory held during the arm, above the loaded and warmed-up model",
+    "seconds": "wall clock of the whole arm",
+    "ratios": "exp of the mean difference in surprise, over tokens that both arms scored after the first eviction",
 }
 
 
 def document(comparison: Comparison, about: Mapping[str, Any], reading: str) -> dict[str, Any]:
     """The whole result as plain data.
 
-    Args:
-        comparison: the measured arms.
-        about: where it comes from: `model`, `text`, `machine`, `versions` and `created`.
-        reading: the paragraph in words.
+    `about` says where it comes from (`model`, `text`, `machine`, `versions`, `created`), `reading` is its paragraph in
+    words.
     """
     settings = comparison.settings
     return {
@@ -57,7 +56,6 @@ def document(comparison: Comparison, about: Mapping[str, Any], reading: str) -> 
 def arm_numbers(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     """One arm's entry of `arms`."""
     nll, name = comparison.nll(arm.name), arm.name
-    last = comparison.last_quarter
     scored = ~np.isnan(nll)
     return {
         "arm": name,
@@ -66,7 +64,7 @@ def arm_numbers(comparison: Comparison, arm: Arm) -> dict[str, Any]:
         "measured_as": arm.measured_as,
         "perplexity": number(perplexity(nll)),
         "perplexity_after_eviction": number(perplexity(nll, comparison.after_eviction)),
-        "perplexity_last_quarter": number(perplexity(nll, last)) if comparison.covers(name, last) else None,
+        "perplexity_last_quarter": number(comparison.perplexity_last_quarter(name)),
         "perplexity_at_samples": number(perplexity(nll, comparison.sampled)),
         "scored_tokens": int(scored.sum()),
         "scored_after_eviction": int((scored & comparison.after_eviction).sum()),
@@ -85,7 +83,7 @@ def ratios(comparison: Comparison) -> list[dict[str, Any]]:
     found = []
     for against in ("dense", "sinks"):
         for name in comparison.arms:
-            if against in comparison.arms and name != against and (ratio := comparison.ratio(name, against)):
+            if name != against and (ratio := comparison.ratio(name, against)):
                 found.append({"arm": name, "against": against, **ratio_numbers(ratio)})
     return found
 

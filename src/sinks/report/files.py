@@ -1,9 +1,9 @@
-"""Results on disk: a folder is tried before any work is done, and all files of a result appear together or not at all."""
+"""Results on disk: the folder is tried before any work is done, and the files of a result appear whole."""
 
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sinks.errors import InvalidInput
@@ -11,10 +11,9 @@ from sinks.errors import InvalidInput
 
 @contextmanager
 def results_folder(folder: Path) -> Iterator[Path]:
-    """Makes `folder` if need be and proves that files can be made in it; if the work inside fails, what was made is taken away.
+    """Make `folder` if need be, and prove that files can be made in it, before the work inside begins.
 
-    Raises:
-        InvalidInput: no file can be made there.
+    If the work fails, folders made here are taken away again. Raises InvalidInput if no file can be made there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -27,19 +26,15 @@ def results_folder(folder: Path) -> Iterator[Path]:
         yield folder
     except BaseException:
         for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+            with suppress(OSError):  # someone else put something there
+                path.rmdir()
         raise
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    """Writes each content under its name in `folder`, replacing what was there; no reader ever sees half a file.
+    """Write each content under its name in `folder`, replacing what was there, and return the paths.
 
-    Everything is on disk under temporary names before the first name changes.
-
-    Returns:
-        The paths, in order.
+    Everything is on disk under temporary names before the first name changes, so nobody ever sees half a file.
     """
     waiting: list[tuple[Path, Path]] = []
     try:

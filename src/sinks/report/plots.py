@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from sinks.evals.arms import SWEEP
 from sinks.evals.compare import Comparison
@@ -58,12 +58,12 @@ def comparison_figure(comparison: Comparison, subtitle: str) -> Figure:
     figure = Figure(figsize=(12, 7.2), facecolor="white")
     figure.text(0.055, 0.945, headline(comparison), fontsize=23, fontweight="bold", color=INK, va="center")
     figure.text(0.055, 0.892, subtitle, fontsize=10.5, color=FAINT, va="center")
-    rows = figure.add_gridspec(2, 1, height_ratios=(1.6, 1), left=0.055, right=0.98, top=0.82, bottom=0.065, hspace=0.46)
-    draw_perplexity(figure.add_subplot(rows[0].subgridspec(1, 2, width_ratios=(4.4, 1))[0]), comparison)
+    above = figure.add_gridspec(1, 1, left=0.055, right=0.8, top=0.79, bottom=0.43)
+    draw_perplexity(figure.add_subplot(above[0]), comparison)
     panels = [draw_memory, draw_time]
     if all(f"sweep-{kept}" in comparison.arms for kept in SWEEP):
         panels.append(draw_sweep)
-    below = rows[1].subgridspec(1, len(panels), wspace=0.3)
+    below = figure.add_gridspec(1, len(panels), left=0.055, right=0.98, top=0.25, bottom=0.065, wspace=0.5)
     for column, draw in enumerate(panels):
         draw(figure.add_subplot(below[column]), comparison)
     return figure
@@ -80,7 +80,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
-    """Perplexity in bins along the stream, log scale; every line is named where it ends, with its mean after eviction."""
+    """Perplexity in bins along the stream, log scale; a line is named at its end, with its value after eviction."""
     ends = bin_ends(comparison.tokens)
     middles = (np.append(0, ends[:-1]) + ends) / 2
     labels = []
@@ -91,7 +91,7 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
             line.set_dashes(pen.dashes)
         last = np.flatnonzero(~np.isnan(values))[-1]
         text = f"{overall(comparison, name):.1f}  {pen.name}"
-        labels.append(Label(middles[last], values[last], text, pen.colour))
+        labels.append(Label(float(middles[last]), float(values[last]), text, pen.colour))
     axes.set_yscale("log")
     capacity = comparison.settings.capacity
     axes.axvline(capacity, color=FAINT, lw=1, ls=(0, (1, 2)))
@@ -109,7 +109,8 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
         score = comparison.arms[name].score
         axes.plot(score.read, score.cache_bytes, color=pen.colour, lw=pen.width, solid_capstyle="round")
         if name != "window" or "sinks" not in comparison.arms:  # as many keys, as many bytes: one line over the other
-            labels.append(Label(score.read[-1], score.cache_bytes[-1], size(score.cache_bytes[-1]), pen.colour))
+            held = int(score.cache_bytes[-1])
+            labels.append(Label(int(score.read[-1]), held, f"{size(held)}  {pen.name}", pen.colour))
     style(axes, "Cache along the stream", "keys and values held")
     along_stream(axes, comparison.tokens)
     axes.set_ylim(bottom=0)
@@ -124,7 +125,7 @@ def draw_time(axes: Axes, comparison: Comparison) -> None:
     for height, (name, pen) in enumerate(bars):
         latency = comparison.arms[name].score.latency
         axes.barh(height, latency, color=pen.colour, height=0.62)
-        axes.annotate(f"{latency:,.0f}", (latency, height), (4, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK)
+        beside(axes, (latency, height), (4, 0), f"{latency:,.0f}", va="center")
     axes.set_yticks(range(len(bars)), [pen.name for _, pen in bars])
     style(axes, "Time a token", "milliseconds, cache full")
     axes.margins(x=0.12)
@@ -138,12 +139,12 @@ def draw_sweep(axes: Axes, comparison: Comparison) -> None:
     colours = [PENS["sinks" if kept else "window"].colour for kept in SWEEP]
     axes.bar(range(len(SWEEP)), values, color=colours, width=0.62)
     for x, value in enumerate(values):
-        axes.annotate(f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=9.5, color=INK)
+        beside(axes, (x, value), (0, 3), f"{value:.1f}", ha="center")
     if "dense" in comparison.arms and not np.isnan(dense := overall(comparison, "dense")):
-        axes.axhline(dense, color=INK, lw=1.2, ls=(0, (4, 2)))
-        axes.annotate("dense", (1, dense), (-2, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                      ha="right", fontsize=9, color=INK)  # fmt: skip
+        axes.axhline(dense, color=INK, lw=1.3, ls=(0, (4, 2)))
+        beside(axes, (len(SWEEP) - 0.5, dense), (4, 0), "dense", va="center")
     axes.set_xticks(range(len(SWEEP)), [str(kept) for kept in SWEEP])
+    axes.set_xlim(-0.6, len(SWEEP) - 0.5)
     style(axes, "Perplexity by number of sinks", f"{comparison.settings.capacity:,} keys in all")
     axes.margins(y=0.14)
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -164,13 +165,19 @@ def overall(comparison: Comparison, name: str) -> float:
 
 def style(axes: Axes, title: str, detail: str) -> None:
     """Title and detail above the left edge, no box, faint lines across."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
-    axes.text(0, 1.035, detail, transform=axes.transAxes, fontsize=9.5, color=FAINT, va="bottom")
+    above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+    axes.annotate(title, (0, 1), (0, 22), fontsize=12.5, fontweight="bold", color=INK, **above)
+    axes.annotate(detail, (0, 1), (0, 8), fontsize=9.5, color=FAINT, **above)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.tick_params(length=0, labelsize=9.5, labelcolor=INK)
     axes.grid(True, axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
+
+
+def beside(axes: Axes, point: tuple[float, float], offset: tuple[float, float], text: str, **align: str) -> None:
+    """A number or a word beside a bar, `offset` points from `point` in data units."""
+    axes.annotate(text, point, offset, textcoords="offset points", fontsize=9.5, color=INK, annotation_clip=False, **align)
 
 
 def along_stream(axes: Axes, tokens: int) -> None:
@@ -185,7 +192,7 @@ def along_stream(axes: Axes, tokens: int) -> None:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
         axes.yaxis.set_major_locator(FixedLocator([decade * step for decade in decades for step in steps]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def name_points(axes: Axes, labels: list[Label]) -> None:

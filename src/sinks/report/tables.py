@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sinks.evals.compare import Arm, Comparison
-from sinks.report.words import notes, reading, size, times
+from sinks.evals.contenders import Recompute
+from sinks.report.words import notes, reading, size
 
 COLUMNS = ("all", "after\nevict.", "last\nquarter", "vs\nsinks", "ms a\ntoken", "cache", "peak\nmemory")
-"""Headings after the arm and what it keeps; narrow, so that the table fits into 80 columns. The first three are perplexities."""
+"""Headings after the arm and what it keeps, narrow enough for 80 columns; the first three are perplexities."""
 
 
 def comparison_table(comparison: Comparison, title: str) -> Table:
@@ -35,22 +36,23 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
 
 def row(comparison: Comparison, arm: Arm) -> list[str]:
     """The cells of one arm."""
-    name, last = arm.name, comparison.last_quarter
-    everywhere = comparison.scorable
+    name, repeats = arm.name, arm.measured_as != arm.name
+    sampled = "*" if isinstance(arm.contender, Recompute) else ""
+    stopped = arm.contender.stops_at(comparison.tokens) is not None
+    ratio = comparison.ratio(name, "sinks")
     perplexities = [
-        decimal(comparison.perplexity(name, everywhere)),
-        decimal(comparison.perplexity(name, comparison.after_eviction)),
-        decimal(comparison.perplexity(name, last)) if comparison.covers(name, last) else "stopped",
-        times(comparison.ratio(name, "sinks")) if "sinks" in comparison.arms and arm.measured_as != "sinks" else "",
+        decimal(comparison.perplexity(name, comparison.everywhere)) + sampled,
+        decimal(comparison.perplexity(name, comparison.after_eviction)) + sampled,
+        "stopped" if stopped else decimal(comparison.perplexity_last_quarter(name)) + sampled,
+        f"{ratio.value:.2f}x" if ratio and arm.measured_as != "sinks" else "",
     ]
-    if arm.measured_as != name:
-        return [name, arm.contender.keeps, *perplexities, "", "", f"= {arm.measured_as}"]
-    costs = [
-        f"{arm.score.latency:,.{1 if arm.score.latency < 100 else 0}f}",
-        size(arm.cache_bytes),
-        size(arm.peak_bytes),
-    ]
+    costs = ["", "", f"= {arm.measured_as}"] if repeats else [milliseconds(arm), size(arm.cache_bytes), size(arm.peak_bytes)]
     return [name, arm.contender.keeps, *perplexities, *costs]
+
+
+def milliseconds(arm: Arm) -> str:
+    """An arm's latency with three figures that matter."""
+    return f"{arm.score.latency:,.{1 if arm.score.latency < 100 else 0}f}"
 
 
 def style(arm: Arm) -> str:
@@ -61,7 +63,7 @@ def style(arm: Arm) -> str:
 
 
 def decimal(value: float) -> str:
-    """A perplexity with three or four figures that matter; nothing for NaN."""
+    """A perplexity; nothing for NaN."""
     if math.isnan(value):
         return ""
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"

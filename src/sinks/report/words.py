@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sinks.evals.arms import SWEEP
-from sinks.evals.compare import Comparison, Ratio
+from sinks.evals.compare import Comparison
 from sinks.evals.contenders import Recompute
 
 CLOSE = 1.03
@@ -20,8 +20,8 @@ def reading(comparison: Comparison) -> str:
         sweep_sentence(comparison),
         newlines_sentence(comparison),
         recompute_sentence(comparison),
-        f"What leaves the {comparison.settings.capacity:,} keys is forgotten: "
-        "the stream is endless, the window is not longer.",
+        f"What leaves the {comparison.settings.capacity:,} keys is forgotten: the stream has no end, but the window "
+        "is no longer than before.",
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -31,7 +31,7 @@ def headline(comparison: Comparison) -> str:
     without, dense = comparison.ratio("window", "sinks"), comparison.ratio("sinks", "dense")
     if without and without.value >= 1.3 and (dense is None or dense.value <= 1.3):
         kept = comparison.settings.sinks
-        return f"{count(kept).capitalize()} kept token{'' if kept == 1 else 's'} hold{'s' if kept == 1 else ''} the line"
+        return f"{plural(kept, 'kept token').capitalize()} {'holds' if kept == 1 else 'hold'} the line"
     return f"Reading {comparison.tokens:,} tokens with {comparison.settings.capacity:,} keys"
 
 
@@ -41,7 +41,7 @@ def window_sentence(comparison: Comparison) -> str | None:
     if ratio is None:
         return None
     settings = comparison.settings
-    kept = f"{settings.sinks} {'sink' if settings.sinks == 1 else 'sinks'} + {settings.window:,} recent tokens"
+    kept = f"{plural(settings.sinks, 'sink')} and {settings.window:,} recent tokens"
     values = f"{shared(comparison, 'window', 'sinks')} against {shared(comparison, 'sinks', 'window')}"
     if ratio.value > CLOSE:
         return (
@@ -66,16 +66,17 @@ def dense_sentence(comparison: Comparison) -> str | None:
 
 
 def sweep_sentence(comparison: Comparison) -> str | None:
-    """How many sinks this model needs: the fewest that come close to the best of the sweep."""
-    swept = {kept: comparison.ratio(f"sweep-{kept}", "sweep-8") for kept in SWEEP}
-    values = {kept: 1.0 if kept == 8 else ratio.value for kept, ratio in swept.items() if ratio or kept == 8}
-    if len(values) < len(SWEEP):
+    """How many sinks this model needs: the fewest that come close to the most."""
+    most = f"sweep-{max(SWEEP)}"
+    ratios = {kept: comparison.ratio(f"sweep-{kept}", most) for kept in SWEEP}
+    if not all(ratios.values()):
         return None
-    enough = min(kept for kept, value in values.items() if value <= CLOSE * min(values.values()))
+    enough = min(kept for kept, ratio in ratios.items() if ratio and ratio.value <= CLOSE)
     if enough == 0:
-        return "At this capacity the model needs no sink on this text."
-    verb = "is" if enough == 1 else "are"
-    return f"{count(enough).capitalize()} sink{'' if enough == 1 else 's'} {verb} enough for this model."
+        return "Within so many keys the model needs no sink on this text."
+    if enough == max(SWEEP):
+        return f"Even {count(max(SWEEP))} sinks are better than fewer."
+    return f"{plural(enough, 'sink').capitalize()} {'is' if enough == 1 else 'are'} enough for this model."
 
 
 def newlines_sentence(comparison: Comparison) -> str | None:
@@ -83,12 +84,10 @@ def newlines_sentence(comparison: Comparison) -> str | None:
     ratio = comparison.ratio("newlines", "sinks")
     if ratio is None:
         return None
-    kept = count(comparison.settings.sinks)
+    change = f"With {plural(comparison.settings.sinks, 'line break')} in place of the sinks perplexity is"
     if ratio.value <= CLOSE:
-        return f"With {kept} line break{'' if kept == 'one' else 's'} in their place the result is the same " + (
-            f"({ratio.value:.2f} times): the place matters, not the token."
-        )
-    return f"With line breaks in their place perplexity is {ratio.value:.2f} times as high: here the tokens matter."
+        return f"{change} {ratio.value:.2f} times theirs: it is the place that makes a sink, not the token."
+    return f"{change} {ratio.value:.2f} times theirs: here it matters which tokens are kept."
 
 
 def recompute_sentence(comparison: Comparison) -> str | None:
@@ -119,13 +118,16 @@ def notes(comparison: Comparison) -> list[str]:
             if name in comparison.arms
         )
         lines.append(
-            f"recompute is measured at {recompute.score.singles} positions (seed {settings.seed})"
-            + (f"; there the others have {same}" if same else "")
+            f"* over {recompute.score.singles} sampled tokens (seed {settings.seed})"
+            + (f", on which the others have {same}" if same else "")
         )
-    lines.append(
-        f"the first {settings.sinks} tokens are scored in no arm; ms a token: median of one token at a time with the "
-        f"cache full; peak memory: above the loaded model ({comparison.memory_method})"
-    )
+    lines += [
+        f"perplexity: over {comparison.tokens - settings.first_target:,} tokens, all but the first {settings.sinks}; "
+        f"after the first eviction, {int(comparison.after_eviction.sum()):,}; vs sinks: ratio of the latter on tokens "
+        "that both scored",
+        f"ms a token: median of the last {settings.singles}, read one by one; peak memory: above the loaded model "
+        f"({comparison.memory_method})",
+    ]
     return lines
 
 
@@ -141,9 +143,9 @@ def relative(ratio: float) -> str:
     return "level with it" if percent == 0 else f"{abs(percent)} % {'above' if percent > 0 else 'below'} it"
 
 
-def times(ratio: Ratio | None) -> str:
-    """A ratio for a table: `1.86x`."""
-    return "" if ratio is None else f"{ratio.value:.2f}x"
+def plural(number: int, noun: str) -> str:
+    """A count and what it counts: `one sink`, `four sinks`."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: int) -> str:
@@ -153,12 +155,8 @@ def count(number: int) -> str:
 
 def size(count_of_bytes: float) -> str:
     """Bytes for people, in powers of ten: `11.8 MB`."""
-    value = float(count_of_bytes)
-    for unit in ("B", "kB", "MB"):
-        if abs(value) < 999.5:
-            break
-        value /= 1000
-    else:
-        unit = "GB"
-    digits = 0 if unit == "B" or abs(value) >= 99.95 else 1
-    return f"{value:.{digits}f} {unit}"
+    for exponent, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        value = count_of_bytes / 1000**exponent
+        if value >= 0.9995:
+            return f"{value:.{0 if value >= 99.95 else 1}f} {unit}"
+    return f"{count_of_bytes:.0f} B"

@@ -1,7 +1,7 @@
 """GGUF to safetensors, once: reading a GGUF takes half a minute, reading what is written here takes a second.
 
-Quantised weights are widened to float32, so the logits are exactly those of the GGUF. A converted model takes four bytes
-a weight in the cache folder.
+Quantised weights are widened to float32, so the logits are exactly those of the GGUF. A converted model takes four
+bytes a weight in the cache folder.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from sinks.assets.archives import sha256_of
 from sinks.assets.folder import cache_folder, workspace, writable
 from sinks.assets.progress import Progress
 from sinks.errors import AssetError, UnsupportedModel
-from sinks.models.quiet import quiet
+from sinks.models.checkpoints.quiet import quiet
 
 _LAYOUT = 1
 """Raised when what is written changes, so that older conversions are made anew."""
@@ -125,8 +125,9 @@ def digest(gguf: Path) -> str:
 
 def _write(gguf: Path, sha256: str, folder: Path) -> Converted:
     model, tokenizer, header = _read(gguf)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = Converted(sha256, header["quantization"], header["licence"], _LAYOUT, files)
     # Last, so that a folder without it is known to be unfinished.
@@ -141,7 +142,8 @@ def _read(gguf: Path) -> tuple[Any, Any, dict[str, str]]:
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             header = _header(gguf)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            # Annotated as a model alone, whatever is asked for.
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
@@ -156,6 +158,7 @@ def _read(gguf: Path) -> tuple[Any, Any, dict[str, str]]:
                 f"{gguf} cannot be read as a GGUF language model ({type(error).__name__}: {error}): "
                 f"download it again or give another file"
             ) from error
+    model, info = loaded
     if info["missing_keys"]:
         raise AssetError(f"{gguf} lacks weights ({sorted(info['missing_keys'])[0]}, ...): download it again")
     return model, tokenizer, header

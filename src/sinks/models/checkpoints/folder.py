@@ -88,7 +88,7 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
 
     config = read_json(folder / "config.json")
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     brings_code = "auto_map" in config
     if brings_code and trust_remote_code:
         return

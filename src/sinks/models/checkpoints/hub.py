@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sinks.errors import AssetError, FetchError, SinksError, UnknownName
-from sinks.models.checkpoint import WEIGHTS, WEIGHTS_INDEX, is_pickle, missing_weights, read_json, refuse_pickle
+from sinks.models.checkpoints.folder import WEIGHTS, WEIGHTS_INDEX, is_pickle, missing_weights, read_json, refuse_pickle
 
 _BESIDE_WEIGHTS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _OTHER_WEIGHTS = ("consolidated", "adapter_")
