@@ -198,7 +198,8 @@ def layer_plan(plan: Plan, own_window: int | None) -> Plan:
 def check_positions(positions: Tensor | None, arrival: Arrival, offsets: list[int | None]) -> list[int | None]:
     """Refuse position ids that do not count each row's real tokens on by one (packed rows, a prompt fed twice).
 
-    Any constant offset is welcome, since only differences matter. Returns the offset of each row.
+    A constant offset is welcome, since only differences matter, but a negative one would mean that a token came
+    earlier than the tokens before it. Returns the offset of each row.
     """
     if positions is None:
         return offsets
@@ -207,7 +208,7 @@ def check_positions(positions: Tensor | None, arrival: Arrival, offsets: list[in
     checked: list[int | None] = []
     for row, known in enumerate(offsets):
         found = (given[row] - here[row])[here[row] >= 0].unique().tolist()
-        if len(found) > 1 or (found and known is not None and found[0] != known):
+        if len(found) > 1 or (found and (found[0] < 0 or known not in (None, found[0]))):
             raise UnsupportedOption(
                 f"position_ids of row {row} do not count on by one from the {arrival.seen[row]} tokens already seen: "
                 "feed each token once, in order, and packed sequences as rows of their own"
