@@ -1,0 +1,1 @@
+"""What stays of a stream, and where it now stands."""

@@ -1,0 +1,36 @@
+"""Writes docs/help.md from what the commands themselves say: `make docs`. tests/law/test_docs.py keeps it true."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sinks.cli.main import COMMANDS
+
+TARGET = Path(__file__).with_name("help.md")
+
+HEADER = """# Commands
+
+Written by `make docs` from the `--help` of every command; do not edit.
+"""
+
+
+def help_of(*command: str) -> str:
+    """What `sinks COMMAND --help` prints on a terminal of 80 columns."""
+    return subprocess.run(
+        [sys.executable, "-m", "sinks", *command, "--help"],
+        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def render() -> str:
+    """The whole page."""
+    sections = [(" ".join(["sinks", *command]), help_of(*command)) for command in [(), *((name,) for name in COMMANDS)]]
+    return HEADER + "".join(f"\n## {title}\n\n```text\n{text.rstrip()}\n```\n" for title, text in sections)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
