@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = ["<unk>", "<s>", "</s>", *"abcdefgh", "Ġ", "ab"]
+VOCABULARY = ["<unk>", "<s>", "</s>", *"abcdefgh", "Ġ", "ab", "cd"]
 HIDDEN, HEADS, LAYERS, MLP = 32, 2, 2, 64
 
 
@@ -54,7 +54,7 @@ def tiny_gguf(path: Path, architecture: str = "llama") -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(VOCABULARY)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, shape in shapes().items():

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -325,13 +326,13 @@ class Hub:
         self.folder, self.files = folder, files
         self.cached = False
         self.wanted: list[str] = []
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
-    def list_repo_files(self, repository: str) -> list[str]:
+    def model_info(self, repository: str) -> SimpleNamespace:
         if isinstance(self.files, Exception):
             raise self.files
-        return self.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.files])
 
     def snapshot_download(self, repository: str, local_files_only: bool = False, allow_patterns: Any = ()) -> str:
         if local_files_only and not self.cached:

@@ -42,7 +42,7 @@ def test_one_layer_equals_fresh_forward_over_what_is_kept(sinks: int, window: in
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 6), (1, 1), (3, 1), (3, 6)])
 def test_both_oracles_agree(name: str, sinks: int, window: int) -> None:
-    """Written from different ends (lists of keys; stock forwards with remembered states), three layers, past eviction."""
+    """Written from different ends: lists of keys, and stock forwards with remembered states."""
     model, ids = build(name, layers=3), tokens(31)[0].tolist()
     expected = stream(model, ids, sinks, window)
     torch.testing.assert_close(restream(model, ids, sinks, window), expected, rtol=0, atol=1e-12)

@@ -58,12 +58,12 @@ def comparison_figure(comparison: Comparison, subtitle: str) -> Figure:
     figure = Figure(figsize=(12, 7.2), facecolor="white")
     figure.text(0.055, 0.945, headline(comparison), fontsize=23, fontweight="bold", color=INK, va="center")
     figure.text(0.055, 0.892, subtitle, fontsize=10.5, color=FAINT, va="center")
-    above = figure.add_gridspec(1, 1, left=0.055, right=0.8, top=0.79, bottom=0.43)
+    above = figure.add_gridspec(1, 1, left=0.055, right=0.79, top=0.79, bottom=0.43)
     draw_perplexity(figure.add_subplot(above[0]), comparison)
     panels = [draw_memory, draw_time]
     if all(f"sweep-{kept}" in comparison.arms for kept in SWEEP):
         panels.append(draw_sweep)
-    below = figure.add_gridspec(1, len(panels), left=0.055, right=0.98, top=0.25, bottom=0.065, wspace=0.5)
+    below = figure.add_gridspec(1, len(panels), left=0.055, right=0.95, top=0.25, bottom=0.065, wspace=0.8)
     for column, draw in enumerate(panels):
         draw(figure.add_subplot(below[column]), comparison)
     return figure
@@ -84,7 +84,7 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
     ends = bin_ends(comparison.tokens)
     middles = (np.append(0, ends[:-1]) + ends) / 2
     labels = []
-    for name, pen in pens(comparison, "window", "dense", "newlines", "sinks"):
+    for name, pen in pens(comparison, "window", "dense", "sinks", "newlines"):
         values = np.array(along(comparison.nll(name), ends), dtype=float)
         line = axes.plot(middles, values, color=pen.colour, lw=pen.width, solid_capstyle="round")[0]
         if pen.dashes:
@@ -145,7 +145,7 @@ def draw_sweep(axes: Axes, comparison: Comparison) -> None:
         beside(axes, (len(SWEEP) - 0.5, dense), (4, 0), "dense", va="center")
     axes.set_xticks(range(len(SWEEP)), [str(kept) for kept in SWEEP])
     axes.set_xlim(-0.6, len(SWEEP) - 0.5)
-    style(axes, "Perplexity by number of sinks", f"{comparison.settings.capacity:,} keys in all")
+    style(axes, "How many sinks?", f"perplexity, {comparison.settings.capacity:,} keys in all")
     axes.margins(y=0.14)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 

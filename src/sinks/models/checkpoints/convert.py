@@ -154,9 +154,9 @@ def _read(gguf: Path) -> tuple[Any, Any, dict[str, str]]:
         except Exception as error:  # a damaged file fails anywhere in two parsers, with any exception
             if "architecture" in str(error) and "not supported" in str(error):
                 raise UnsupportedModel(f"{gguf}: {error} Use the model's safetensors instead") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise AssetError(
-                f"{gguf} cannot be read as a GGUF language model ({type(error).__name__}: {error}): "
-                f"download it again or give another file"
+                f"{gguf} cannot be read as a GGUF language model ({reason}): download it again or give another file"
             ) from error
     model, info = loaded
     if info["missing_keys"]:

@@ -27,7 +27,8 @@ def snapshot(repository: str, trust_remote_code: bool) -> Path:
     if found := _cached(repository, trust_remote_code):
         return found
     try:
-        files = huggingface_hub.list_repo_files(repository)
+        # Not `list_repo_files`, which retries for half a minute without a network and logs each try.
+        files = [file.rfilename for file in huggingface_hub.model_info(repository).siblings or ()]
         wanted = _choose(repository, files, trust_remote_code)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
     except SinksError:
