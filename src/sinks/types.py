@@ -19,6 +19,11 @@ class StreamCache(Protocol):
         """Columns fed so far, pads included."""
         ...
 
+    @property
+    def seen(self) -> list[int]:
+        """Real tokens fed so far, by row."""
+        ...
+
     def open_pass(self, model: object, shape: tuple[int, int], mask: Tensor | None, positions: Tensor | None) -> None:
         """Begin a pass of `shape` = (rows, new columns); `mask` is False at pads, `positions` are only checked."""
         ...

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from sinks.cache.cache import SinkCache
 from sinks.models.attach import attach
+from tests.families.cases import HEAD_DIM, KV_HEADS
 from tests.families.feeding import feed, odd_chunks, one_by_one
-from tests.families.tiny import HEAD_DIM, KV_HEADS, build, tokens
+from tests.families.tiny import build, tokens
 from tests.oracle.streaming_llm import stream, visible
 
 LAYERS = 3
@@ -213,3 +214,18 @@ def test_only_the_last_logits_and_embeddings_as_input() -> None:
     last = model()(inputs_embeds=embedded[:, 30:], past_key_values=cache, logits_to_keep=1).logits
     assert last.shape[1] == 1
     torch.testing.assert_close(last[0, 0], expected[-1], rtol=0, atol=1e-9)
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    """A cache made in inference mode used to refuse the next pass outside of it: `Inplace update to inference tensor`."""
+    from tests.families.tiny import build
+
+    model = attach(build("llama", layers=2))
+    ids = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    cache = SinkCache.for_model(model, sinks=2, window=7)
+    with torch.inference_mode():
+        first = model(ids[:, :20], past_key_values=cache).logits
+        cache.reorder_cache(torch.tensor([0]))
+    rest = model(ids[:, 20:], past_key_values=cache).logits
+    whole = model(ids, past_key_values=SinkCache.for_model(model, sinks=2, window=7)).logits
+    assert (torch.cat((first, rest), dim=1) - whole).abs().max() < 1e-12

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sinks.cache.cache import SinkCache
+from sinks.models.attach import attach
+from tests.families.tiny import build
+
+
+def pair(name: str, layers: int = 2, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A stock model of case `name` and an attached copy of it."""
+    plain = build(name, layers=layers, **options)
+    return plain, attach(copy.deepcopy(plain))
 
 
 def feed(model: PreTrainedModel, cache: SinkCache, ids: Tensor, sizes: Iterable[int]) -> Tensor:
@@ -28,6 +38,11 @@ def feed_masked(model: PreTrainedModel, cache: SinkCache, ids: Tensor, mask: Ten
         start = end
     assert start == ids.shape[1]
     return torch.cat(pieces, dim=1)
+
+
+def generate(model: PreTrainedModel, **options: Any) -> Any:
+    """`model.generate`, which type checkers take for a tensor."""
+    return cast(Any, model).generate(**options)
 
 
 def one_by_one(length: int) -> list[int]:

@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 from sinks.cache.cache import SinkCache
 from sinks.errors import CapacityError
 from sinks.models.attach import attach
+from tests.families.cases import CASES, OWN, TRAINED
 from tests.families.feeding import feed, feed_masked, left_padded, odd_chunks, one_by_one
-from tests.families.tiny import CASES, OWN, TRAINED, build, exactly, tokens
+from tests.families.tiny import build, exactly, tokens
 from tests.oracle.restream import frozen_at, restream
 from tests.oracle.streaming_llm import visible
 

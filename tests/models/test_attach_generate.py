@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sinks.cache.cache import SinkCache
 from sinks.errors import UnsupportedOption
 from sinks.models.attach import attach
-from tests.families.feeding import feed, feed_masked, left_padded, odd_chunks, one_by_one
+from tests.families.feeding import feed, feed_masked, generate, left_padded, odd_chunks, one_by_one
 from tests.families.tiny import build, tokens
 from tests.oracle.streaming_llm import visible
 
@@ -27,8 +27,10 @@ NEW = 60
 COMMON: dict[str, Any] = {"pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
 GREEDY: dict[str, Any] = {"do_sample": False, **COMMON}
 SAMPLE: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.8, **COMMON}
-FAMILIES = ["llama", "gemma3_text", "cohere2", "gpt_oss", "smollm3", "falcon", "falcon_alibi", "gptj", "bloom", "mpt"]
-FAMILIES += ["deepseek_v3", "qwen2_window"]
+FAMILIES = [
+    "llama", "gemma3_text", "cohere2", "gpt_oss", "smollm3", "falcon", "falcon_alibi", "gptj", "bloom", "mpt",
+    "deepseek_v3", "qwen2_window",
+]  # fmt: skip
 
 
 @memoize
@@ -52,8 +54,7 @@ def alone(prompt: list[int]) -> dict[str, Tensor]:
 def by_hand(name: str, prompt: list[int], new: int, temperature: float | None = None) -> tuple[list[int], Tensor]:
     """Continues one prompt token by token. Returns the new tokens and the logits that each was chosen from."""
     cache = fresh(name)
-    for token in prompt:
-        last = model(name)(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    last = feed(model(name), cache, torch.tensor([prompt]), one_by_one(len(prompt)))[0, -1]
     chosen, logits = [], []
     for _ in range(new):
         logits.append(last)
@@ -92,7 +93,7 @@ def test_greedy(name: str) -> None:
     prompt = tokens(5)[0].tolist()
     chosen, logits = by_hand(name, prompt, NEW)
     cache = fresh(name)
-    output = model(name).generate(**alone(prompt), past_key_values=cache, max_new_tokens=NEW, **GREEDY)
+    output = generate(model(name), **alone(prompt), past_key_values=cache, max_new_tokens=NEW, **GREEDY)
     assert output.sequences[0, 5:].tolist() == chosen
     assert_logits(raw(output)[0], logits)
     assert cache.seen == [5 + NEW - 1]
@@ -105,7 +106,7 @@ def test_sampling_with_a_seed(name: str) -> None:
     torch.manual_seed(11)
     chosen, logits = by_hand(name, prompt, NEW, temperature=0.8)
     torch.manual_seed(11)
-    output = model(name).generate(**alone(prompt), past_key_values=fresh(name), max_new_tokens=NEW, **SAMPLE)
+    output = generate(model(name), **alone(prompt), past_key_values=fresh(name), max_new_tokens=NEW, **SAMPLE)
     assert output.sequences[0, 5:].tolist() == chosen
     assert_logits(raw(output)[0], logits)
     assert len(set(chosen)) > 10
@@ -116,8 +117,8 @@ def test_a_prompt_longer_than_the_window(name: str) -> None:
     prompt = tokens(50)[0].tolist()
     chosen, logits = by_hand(name, prompt, 20)
     for options in ({}, {"prefill_chunk_size": 7}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 49}):
-        output = model(name).generate(
-            **alone(prompt), past_key_values=fresh(name), max_new_tokens=20, **GREEDY, **options
+        output = generate(
+            model(name), **alone(prompt), past_key_values=fresh(name), max_new_tokens=20, **GREEDY, **options
         )
         assert output.sequences[0, 50:].tolist() == chosen, options
         assert_logits(raw(output)[0], logits)
@@ -130,10 +131,10 @@ def test_second_turn_with_a_filled_cache(name: str) -> None:
     second = first + reply + more
     expected, logits = by_hand(name, second, 20)
     cache = fresh(name)
-    output = model(name).generate(**alone(first), past_key_values=cache, max_new_tokens=20, **GREEDY)
+    output = generate(model(name), **alone(first), past_key_values=cache, max_new_tokens=20, **GREEDY)
     assert output.sequences[0].tolist() == first + reply
     seen = cache.seen[0]
-    output = model(name).generate(**alone(second), past_key_values=cache, max_new_tokens=20, **GREEDY)
+    output = generate(model(name), **alone(second), past_key_values=cache, max_new_tokens=20, **GREEDY)
     assert output.sequences[0].tolist() == second + expected
     assert_logits(raw(output)[0], logits)
     assert cache.seen == [len(second) + 19]
@@ -146,7 +147,7 @@ def test_a_prompt_of_which_nothing_is_new_is_not_fed_twice() -> None:
     prompt = tokens(30)
     model()(input_ids=prompt, past_key_values=cache)
     with pytest.raises(UnsupportedOption):
-        model().generate(**alone(prompt[0].tolist()), past_key_values=cache, max_new_tokens=3, **GREEDY)
+        generate(model(), **alone(prompt[0].tolist()), past_key_values=cache, max_new_tokens=3, **GREEDY)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -156,8 +157,14 @@ def test_ragged_rows_each_get_what_they_get_alone(name: str) -> None:
     expected = [by_hand(name, prompt, NEW) for prompt in prompts]
     for new, options in ((NEW, {}), (5, {"prefill_chunk_size": 10})):
         cache = fresh(name)
-        output = model(name).generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, **GREEDY, **options
+        output = generate(
+            model(name),
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=new,
+            **GREEDY,
+            **options,
         )
         for row, (chosen, logits) in enumerate(expected):
             assert output.sequences[row, ids.shape[1] :].tolist() == chosen[:new], f"row {row}, {options}"
@@ -197,8 +204,14 @@ def test_rows_that_end_early_do_not_disturb_the_others() -> None:
     ids, mask = left_padded(prompts)
     expected = [by_hand("llama", prompt, NEW)[0] for prompt in prompts]
     stop = expected[0][10]
-    output = model().generate(
-        ids, attention_mask=mask, past_key_values=fresh(), max_new_tokens=NEW, eos_token_id=stop, **GREEDY
+    output = generate(
+        model(),
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=fresh(),
+        max_new_tokens=NEW,
+        eos_token_id=stop,
+        **GREEDY,
     )
     for row, chosen in enumerate(expected):
         until = chosen.index(stop) + 1 if stop in chosen else NEW
@@ -216,8 +229,8 @@ def test_an_all_ones_mask_and_no_mask_are_one() -> None:
 def test_several_samples_of_one_prompt(name: str) -> None:
     prompt = tokens(20)[0].tolist()
     torch.manual_seed(3)
-    output = model(name).generate(
-        **alone(prompt), past_key_values=fresh(name), max_new_tokens=30, num_return_sequences=3, **SAMPLE
+    output = generate(
+        model(name), **alone(prompt), past_key_values=fresh(name), max_new_tokens=30, num_return_sequences=3, **SAMPLE
     )
     sequences = output.sequences[:, 20:].tolist()
     assert len({tuple(sequence) for sequence in sequences}) == 3
@@ -244,9 +257,10 @@ def test_every_beam_has_the_score_of_its_own_sequence(name: str, ragged: bool) -
         moves.append(beam_idx.tolist() != list(range(beam_idx.numel())))
         reorder(beam_idx)
 
-    cache.reorder_cache = watched  # type: ignore[method-assign]
-    output = model(name).generate(
-        ids,
+    cache.reorder_cache = watched
+    output = generate(
+        model(name),
+        input_ids=ids,
         attention_mask=mask,
         past_key_values=cache,
         max_new_tokens=40,
@@ -268,10 +282,10 @@ def test_every_beam_has_the_score_of_its_own_sequence(name: str, ragged: bool) -
 
 def test_memory_stays_flat_over_a_generation_of_ten_capacities() -> None:
     cache = fresh()
-    model().generate(**alone(tokens(20)[0].tolist()), past_key_values=cache, max_new_tokens=2, **GREEDY)
+    generate(model(), **alone(tokens(20)[0].tolist()), past_key_values=cache, max_new_tokens=2, **GREEDY)
     full = cache.nbytes
     cache.reset()
-    model().generate(
-        **alone(tokens(20)[0].tolist()), past_key_values=cache, max_new_tokens=10 * (SINKS + WINDOW), **GREEDY
+    generate(
+        model(), **alone(tokens(20)[0].tolist()), past_key_values=cache, max_new_tokens=10 * (SINKS + WINDOW), **GREEDY
     )
     assert cache.nbytes == full

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.families.tiny import CASES, build, exactly, tokens
+from tests.families.cases import CASES
+from tests.families.tiny import build, exactly, tokens
 from tests.oracle.restream import frozen_at, restream
 from tests.oracle.streaming_llm import StreamingLLM, stream, visible
 

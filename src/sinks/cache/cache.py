@@ -48,8 +48,9 @@ class SinkCache(Cache):
     ) -> SinkCache:
         """An empty cache for `model`: `sinks` first tokens and `window` recent ones, the current one included.
 
-        `start` is the stream position of the first token, 0 or more; wherever it begins, a stream gives the same logits. A layer with
-        a sliding window of its own that is smaller than sinks + window keeps that window, and no sinks.
+        `start` is the stream position of the first token, 0 or more; wherever it begins, a stream gives the same
+        logits. A layer with a sliding window of its own that is smaller than sinks + window keeps that window, and no
+        sinks.
 
         Raises InvalidInput for sizes that make no sense, CapacityError where sinks + window exceed what the model was
         trained on, UnsupportedModel with the reason where the model cannot stream.
@@ -108,8 +109,12 @@ class SinkCache(Cache):
         return sum(ring.nbytes for ring in self.rings)
 
     def visible(self, row: int = 0) -> list[int]:
-        """Which tokens of a row the newest one sees, counted from 0 in order of arrival."""
-        return self.plan.visible(self._seen[row]) if self._seen else []
+        """Which tokens of a row the newest one sees, counted from 0 in order of arrival, whatever `start` was."""
+        if not self._seen:
+            return []
+        if not 0 <= row < len(self._seen):
+            raise InvalidInput(f"row={row}: this cache holds rows 0 to {len(self._seen) - 1}")
+        return self.plan.visible(self._seen[row])
 
     # One forward pass, as an attached model drives it
 

@@ -31,8 +31,9 @@ class Ring(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Claim the memory of every slot, once and for all."""
         slots = (*key_states.shape[:2], self.plan.capacity)
-        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
+        with torch.inference_mode(False):  # or a later pass outside of inference mode could not write
+            self.keys = torch.zeros(*slots, key_states.shape[-1], dtype=key_states.dtype, device=key_states.device)
+            self.values = torch.zeros(*slots, value_states.shape[-1], dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,8 @@ class Ring(CacheLayerMixin):
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of the present row `rows[i]`."""
         if self.is_initialized:
-            self.keys, self.values = (held.index_select(0, rows.to(held.device)) for held in self.held)
+            with torch.inference_mode(False):
+                self.keys, self.values = (held.index_select(0, rows.to(held.device)) for held in self.held)
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""

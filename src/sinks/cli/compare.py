@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sinks.evals.perplexity import Listener
 
 TOKENS = 8192
-"""Tokens read unless asked otherwise: what the built-in model was trained on, so that dense attention is at its best."""
+"""Tokens read unless asked otherwise: what the built-in model was trained on, so dense attention is at its best."""
 
 PLAIN_WIDTH = 120
 """Columns of the table when nobody's terminal says how many there are."""
@@ -46,7 +46,7 @@ class Flags:
     ] = None
     seed: Annotated[int, typer.Option(help="Draws the positions at which re-computation is measured.")] = 0
     samples: Annotated[int, typer.Option(help="At how many positions re-computation is measured.")] = 64
-    chunk: Annotated[int, typer.Option(help="Tokens read in one forward pass; changes speed and peak memory only.")] = 256
+    chunk: Annotated[int, typer.Option(help="Tokens read in one forward pass: changes speed and memory only.")] = 256
     beyond_trained_length: Annotated[
         bool, typer.Option("--beyond-trained-length", help="Let dense attention read past its trained length.")
     ] = False
@@ -143,7 +143,7 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     source = {key: value for key, value in asdict(text).items() if key != "text"}
     return comparison, {
         "created": now(),
-        "model": asdict(loaded.source) | {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)},
+        "model": asdict(loaded.source) | {"dtype": flags.dtype, "device": str(model.device)},
         "text": source | {"tokens": len(every_id), "bos": bos},
         "machine": machine(model.device),
         "versions": versions(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Pace:
     listen: Listener = ignore
 
 
+@runtime_checkable
 class Contender(Protocol):
     """One way to read a stream."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -42,6 +42,7 @@ class Peak:
     bytes: int = 0
 
 
+@runtime_checkable
 class Meter(Protocol):
     """One way to find a peak: `start` forgets the past, `stop` returns the peak since, in bytes above the start."""
 

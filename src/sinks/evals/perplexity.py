@@ -23,8 +23,8 @@ from sinks.evals.memory import bytes_held
 Listener = Callable[[int], None]
 """Hears, after each step, how many more tokens (or samples) are done."""
 
-SLICE_ELEMENTS = 1 << 22
-"""Logits widened to float32 at a time: 16 MiB."""
+SLICE_ELEMENTS = 1 << 20
+"""Logits widened to float32 at a time: 4 MiB."""
 
 
 def ignore(_: int) -> None:
@@ -72,7 +72,7 @@ def perplexity(nll: Float[np.ndarray, " tokens"], where: Bool[np.ndarray, " toke
 
 
 def surprise(logits: Float[Tensor, "queries vocab"], targets: Int[Tensor, " queries"]) -> Float[Tensor, " queries"]:
-    """-log softmax(logits) at `targets`, nats, in float32 or wider; nothing larger than 16 MiB or one row is copied."""
+    """-log softmax(logits) at `targets`, nats, in float32 or wider; nothing larger than 4 MiB or one row is copied."""
     rows = max(1, SLICE_ELEMENTS // logits.shape[-1])
     parts = []
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sinks.models.rotary import rotary_modules
 from sinks.types import StreamCache
 
 NAME = "sinks"
+DROPOUT = "dropout in attention is not applied to a stream: call model.eval() first"
 # What the attention function may be given without its changing anything: the cache already knows the rest.
 HARMLESS = frozenset(
     "position_ids use_cache output_router_logits is_causal logits_to_keep cache_position num_items_in_batch return_dict"
@@ -83,7 +85,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         return model
     for handle in attachment.handles:
         handle.remove()
-    if attachment.scheme.family.route == "interface":
+    if attachment.scheme.family.route == "interface" and model.config._attn_implementation == NAME:
         model.set_attn_implementation(attachment.stock)
     return model
 
@@ -136,7 +138,7 @@ def _attention(
 
 def _check_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
-        raise UnsupportedOption("dropout in attention is not applied to a stream: call model.eval() first")
+        raise UnsupportedOption(DROPOUT)
     unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS | {"scaling", "dropout"}]
     if unknown:
         raise UnsupportedOption(f"a SinkCache cannot honour {', '.join(unknown)}: leave it out")
@@ -190,6 +192,8 @@ def _replacer(module: Any, projections: Projections) -> Callable[..., Any]:
         running = _PASS.get()
         if running is None or running.cache is None:
             return None
+        if module.training and attrgetter(projections.dropout)(module):
+            raise UnsupportedOption(DROPOUT)
         caught = [running.caught.pop(module.get_submodule(name)) for name in projections.inputs]
         query, key, value = projections.split(module, caught)
         options = {"scale": projections.scale(module), "softcap": None, "sink_logits": None}
@@ -215,9 +219,9 @@ def _opener(attachment: Attachment) -> Callable[..., Any]:
             return None
         _PASS.set(None)
         inputs = _inputs(args, kwargs)
-        _check_pass(base, kwargs)
+        _check_pass(base, attachment, kwargs)
         rows, columns = inputs.shape[:2]
-        mask = _new_columns(kwargs.get("attention_mask"), columns, cache.get_seq_length())
+        mask = _new_columns(kwargs.get("attention_mask"), columns, cache)
         cache.open_pass(base, (rows, columns), mask, kwargs.get("position_ids"))
         _PASS.set(Pass(attachment, cache))
         return args, kwargs | _stand_ins(attachment, inputs)
@@ -244,7 +248,13 @@ def _stand_ins(attachment: Attachment, inputs: Tensor) -> dict[str, Any]:
     return shown
 
 
-def _check_pass(base: Any, kwargs: dict[str, Any]) -> None:
+def _check_pass(base: Any, attachment: Attachment, kwargs: dict[str, Any]) -> None:
+    implementation = base.config._attn_implementation
+    if attachment.scheme.family.route == "interface" and implementation != NAME:
+        raise CacheError(
+            f"the attention implementation was set to {implementation!r} after attach(model), so a SinkCache would not "
+            "be asked: call detach(model), then attach(model)"
+        )
     asked = kwargs.get("output_attentions")
     if base.config.output_attentions if asked is None else asked:
         raise UnsupportedOption(
@@ -252,18 +262,24 @@ def _check_pass(base: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _new_columns(mask: Any, columns: int, seen: int) -> Tensor | None:
+def _new_columns(mask: Any, columns: int, cache: StreamCache) -> Tensor | None:
     """The part of a padding mask that belongs to the new columns, as booleans."""
+    fed = cache.get_seq_length()
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise UnsupportedOption(
             "a SinkCache decides itself who sees whom: give a 2-D attention_mask that marks pads, or none"
         )
-    if mask.shape[1] not in (columns, seen + columns):
+    if mask.shape[1] not in (columns, fed + columns):
         raise UnsupportedOption(
-            f"attention_mask has {mask.shape[1]} columns: give {columns} for the new tokens, or {seen + columns} "
+            f"attention_mask has {mask.shape[1]} columns: give {columns} for the new tokens, or {fed + columns} "
             "for everything fed"
+        )
+    if mask.shape[1] > columns and mask[:, :-columns].bool().sum(dim=1).tolist() != cache.seen:
+        raise UnsupportedOption(
+            "attention_mask marks other pads than when those tokens were fed, and a stream takes nothing back: give "
+            "the mask of the new tokens"
         )
     return mask[:, -columns:].bool()
 

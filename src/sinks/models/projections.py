@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,14 +22,15 @@ class Projections:
     """Names of the projections of an attention module, and how their outputs become query, key and value heads.
 
     `split(module, outputs)` gives three `[batch, heads, columns, head_dim]`; `scale(module)` multiplies the scores.
-    `spared` names keywords that the module is not given in a stream: its own attention, which is thrown away, would
-    only fail on them.
+    `dropout` names what holds the probability of dropping a weight. `spared` names keywords that the module is not
+    given in a stream: its own attention, which is thrown away, would only fail on them.
     """
 
     inputs: tuple[str, ...]
     output: str
     split: Callable[[Any, list[Tensor]], Heads]
     scale: Callable[[Any], float]
+    dropout: str
     spared: tuple[str, ...] = ()
 
 
@@ -70,11 +72,13 @@ def _root(module: Any) -> float:
 
 
 PROJECTIONS: dict[str, Projections] = {
-    "bloom": Projections(("query_key_value",), "dense", _split_interleaved, _root),
-    "falcon": Projections(("query_key_value",), "dense", _split_falcon, _root),
-    "gptj": Projections(("q_proj", "k_proj", "v_proj"), "out_proj", _split_gptj, _root),
+    "bloom": Projections(("query_key_value",), "dense", _split_interleaved, _root, "attention_dropout.p"),
+    "falcon": Projections(("query_key_value",), "dense", _split_falcon, _root, "attention_dropout.p"),
+    "gptj": Projections(("q_proj", "k_proj", "v_proj"), "out_proj", _split_gptj, _root, "attn_dropout.p"),
     # MPT's table of biases ends at the trained length, and with it the chunk that its own attention can take.
-    "mpt": Projections(("Wqkv",), "out_proj", _split_mpt, lambda module: module.softmax_scale, ("position_bias",)),
+    "mpt": Projections(
+        ("Wqkv",), "out_proj", _split_mpt, attrgetter("softmax_scale"), "attn_dropout_p", spared=("position_bias",)
+    ),
 }
 
 

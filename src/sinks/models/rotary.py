@@ -41,4 +41,5 @@ def frequencies(
 
 def sinusoid_frequencies(rotary_dim: int) -> Float[Tensor, " pairs"]:
     """GPT-J's, whose tables hold the sines of `position / 10000^(2i / rotary_dim)` (arXiv 2104.09864)."""
-    return 1.0 / (10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim)).double()
+    exponents = torch.arange(0, rotary_dim, 2).float() / rotary_dim
+    return (1.0 / 10000**exponents).double()

@@ -16,7 +16,7 @@ MOST_BINS = 256
 
 MS = "median milliseconds to read one of the last tokens of the stream, one at a time, the cache full"
 DEFINITIONS = {
-    "perplexity": "exp of the mean surprise over the arm's own scored tokens; no arm is scored on the first `sinks` ones",
+    "perplexity": "exp of the mean surprise over the tokens that the arm scored; the first `sinks` count in no arm",
     "perplexity_after_eviction": "the same, over tokens predicted from a position t >= sinks + window",
     "perplexity_last_quarter": "the same, over the last quarter of the stream; null if the arm stopped before its end",
     "perplexity_at_samples": "the same, over the tokens at which re-computation was measured",

@@ -21,7 +21,8 @@ def results_folder(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InvalidInput(f"cannot write results to {str(folder)!r} ({error.strerror}); choose another --out") from error
+        reason = f"no result can be written to {str(folder)!r} ({error.strerror})"
+        raise InvalidInput(f"{reason}: choose another folder") from error
     try:
         yield folder
     except BaseException:

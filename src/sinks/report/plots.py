@@ -20,6 +20,8 @@ from sinks.report.document import along, bin_ends
 from sinks.report.words import headline, size
 
 INK, FAINT, GRID = "#1a1a1a", "#666666", "#e4e4e4"
+BELOW = {2: ((0.055, 0.32), (0.62, 0.33)), 3: ((0.055, 0.205), (0.475, 0.2), (0.765, 0.185))}
+"""Left edge and width of the lower panels, as shares of the figure, by how many there are."""
 LABEL_GAP = 0.07
 """Least distance between two names beside an axis, as a share of its height."""
 
@@ -58,14 +60,12 @@ def comparison_figure(comparison: Comparison, subtitle: str) -> Figure:
     figure = Figure(figsize=(12, 7.2), facecolor="white")
     figure.text(0.055, 0.945, headline(comparison), fontsize=23, fontweight="bold", color=INK, va="center")
     figure.text(0.055, 0.892, subtitle, fontsize=10.5, color=FAINT, va="center")
-    above = figure.add_gridspec(1, 1, left=0.055, right=0.79, top=0.79, bottom=0.43)
-    draw_perplexity(figure.add_subplot(above[0]), comparison)
+    draw_perplexity(figure.add_axes((0.055, 0.43, 0.735, 0.36)), comparison)
     panels = [draw_memory, draw_time]
     if all(f"sweep-{kept}" in comparison.arms for kept in SWEEP):
         panels.append(draw_sweep)
-    below = figure.add_gridspec(1, len(panels), left=0.055, right=0.95, top=0.25, bottom=0.065, wspace=0.8)
-    for column, draw in enumerate(panels):
-        draw(figure.add_subplot(below[column]), comparison)
+    for draw, (left, width) in zip(panels, BELOW[len(panels)], strict=True):
+        draw(figure.add_axes((left, 0.065, width, 0.185)), comparison)
     return figure
 
 
@@ -109,8 +109,8 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
         score = comparison.arms[name].score
         axes.plot(score.read, score.cache_bytes, color=pen.colour, lw=pen.width, solid_capstyle="round")
         if name != "window" or "sinks" not in comparison.arms:  # as many keys, as many bytes: one line over the other
-            held = int(score.cache_bytes[-1])
-            labels.append(Label(int(score.read[-1]), held, f"{size(held)}  {pen.name}", pen.colour))
+            held = float(score.cache_bytes[-1])
+            labels.append(Label(float(score.read[-1]), held, f"{size(held)}  {pen.name}", pen.colour))
     style(axes, "Cache along the stream", "keys and values held")
     along_stream(axes, comparison.tokens)
     axes.set_ylim(bottom=0)
@@ -201,8 +201,8 @@ def name_points(axes: Axes, labels: list[Label]) -> None:
     heights = [to_axes.transform(axes.transData.transform((label.x, label.y)))[1] for label in labels]
     for label, height in zip(labels, apart(heights, LABEL_GAP), strict=True):
         x = to_axes.transform(axes.transData.transform((label.x, label.y)))[0]
-        axes.text(max(x, 1.0) + 0.012, height, label.text, transform=axes.transAxes, color=label.colour, fontsize=11,
-                  fontweight="bold", va="center", clip_on=False)  # fmt: skip
+        axes.annotate(label.text, (max(x, 1), height), (6, 0), xycoords="axes fraction", textcoords="offset points",
+                      color=label.colour, fontsize=11, fontweight="bold", va="center")  # fmt: skip
 
 
 def apart(heights: list[float], gap: float) -> list[float]:

@@ -46,8 +46,8 @@ def row(comparison: Comparison, arm: Arm) -> list[str]:
         "stopped" if stopped else decimal(comparison.perplexity_last_quarter(name)) + sampled,
         f"{ratio.value:.2f}x" if ratio and arm.measured_as != "sinks" else "",
     ]
-    costs = ["", "", f"= {arm.measured_as}"] if repeats else [milliseconds(arm), size(arm.cache_bytes), size(arm.peak_bytes)]
-    return [name, arm.contender.keeps, *perplexities, *costs]
+    costs = [milliseconds(arm), size(arm.cache_bytes), size(arm.peak_bytes)]
+    return [name, arm.contender.keeps, *perplexities, *(["", "", f"= {arm.measured_as}"] if repeats else costs)]
 
 
 def milliseconds(arm: Arm) -> str:

@@ -61,7 +61,7 @@ def dense_sentence(comparison: Comparison) -> str | None:
     where = f"; it stops at {stop:,} tokens, its trained length" if stop else ""
     return (
         f"Dense attention reaches {shared(comparison, 'dense', 'sinks')} on the same tokens with a cache that grows to "
-        f"{size(dense.cache_bytes)}{where}; the sinks stay at {size(sinks.cache_bytes)} and are {relative(ratio.value)}."
+        f"{size(dense.cache_bytes)}{where}; sinks stay at {size(sinks.cache_bytes)}, and are {relative(ratio.value)}."
     )
 
 
@@ -153,7 +153,7 @@ def count(number: int) -> str:
     return COUNTS[number] if number < len(COUNTS) else f"{number:,}"
 
 
-def size(count_of_bytes: float) -> str:
+def size(count_of_bytes: int | float) -> str:
     """Bytes for people, in powers of ten: `11.8 MB`."""
     for exponent, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
         value = count_of_bytes / 1000**exponent
