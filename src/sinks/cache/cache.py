@@ -186,7 +186,7 @@ class SinkCache(Cache):
         """Repeat each row `repeats` times, copies side by side."""
         self.reorder_cache(torch.arange(len(self._seen)).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Refused: what a ring has overwritten cannot be taken back."""
         raise UnsupportedOption(
             "a SinkCache cannot take tokens back: generate without assisted, speculative or prompt-lookup decoding"
