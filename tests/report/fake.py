@@ -16,9 +16,12 @@ LEVELS = {"dense": 2.3, "window": 3.2, "newlines": 2.51, "recompute": 2.5} | {"s
 
 def fake_comparison(
     levels: dict[str, float] | None = None, *, tokens: int = 2048, window: int = 252, limit: int | None = None,
-    leave_out: tuple[str, ...] = (),
+    leave_out: tuple[str, ...] = (), repeats: slice = slice(0),
 ) -> Comparison:  # fmt: skip
-    """All arms but `leave_out`, over `tokens`, each with its level of surprise; dense stops at `limit`."""
+    """All arms but `leave_out`, over `tokens`, each with its level of surprise; dense stops at `limit`.
+
+    `repeats` is where the text repeats itself.
+    """
     settings = Settings(4, window, singles=SINGLES, samples=16)
     capacity = settings.capacity
     contenders: dict[str, Contender] = {
@@ -37,7 +40,9 @@ def fake_comparison(
         level = (LEVELS | (levels or {})).get(same, 2.5)
         score = fake_score(contender, tokens, level) if same == name else arms[same].score
         arms[name] = Arm(name, contender, score, 90_000_000 + int(score.cache_bytes.max()), 40.0, same)
-    return Comparison(settings, tokens, arms, "imagined")
+    repeated = np.zeros(tokens, bool)
+    repeated[repeats] = True
+    return Comparison(settings, tokens, repeated, arms, "imagined")
 
 
 def fake_score(contender: Contender, tokens: int, level: float) -> Score:

@@ -45,7 +45,7 @@ class Flags:
         ),
     ] = None
     seed: Annotated[int, typer.Option(help="Draws the positions at which re-computation is measured.")] = 0
-    samples: Annotated[int, typer.Option(help="At how many positions re-computation is measured.")] = 64
+    samples: Annotated[int, typer.Option(help="At how many positions re-computation is measured.")] = 128
     chunk: Annotated[int, typer.Option(help="Tokens read in one forward pass: changes speed and memory only.")] = 256
     beyond_trained_length: Annotated[
         bool, typer.Option("--beyond-trained-length", help="Let dense attention read past its trained length.")

@@ -29,7 +29,7 @@ class Settings:
     window: int
     arms: tuple[str, ...] = ARMS
     seed: int = 0
-    samples: int = 64
+    samples: int = 128
     chunk: int = 256
     singles: int = 32
     beyond_trained_length: bool = False

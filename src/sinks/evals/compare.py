@@ -16,6 +16,7 @@ from sinks.evals.arms import Settings
 from sinks.evals.contenders import Contender, Pace
 from sinks.evals.memory import Meter, watch
 from sinks.evals.perplexity import Listener, Score, perplexity
+from sinks.evals.tokens import forgotten_repeats
 
 Stage = Callable[[str, int], Listener]
 """Told the name of an arm that begins and its amount of work, returns who listens to it."""
@@ -59,10 +60,11 @@ class Ratio:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All arms, by name, over one stream of `tokens`."""
+    """All arms, by name, over one stream of `tokens`; `repeats` marks where it repeats what has left the window."""
 
     settings: Settings
     tokens: int
+    repeats: Bool[np.ndarray, " tokens"]
     arms: Mapping[str, Arm]
     memory_method: str
 
@@ -100,14 +102,15 @@ class Comparison:
         stopped = self.arms[arm].contender.stops_at(self.tokens) is not None
         return float("nan") if stopped else self.perplexity(arm, self.last_quarter)
 
-    def ratio(self, arm: str, against: str) -> Ratio | None:
-        """How much more perplexed `arm` is than `against` on shared tokens after the first eviction.
+    def ratio(self, arm: str, against: str, where: Bool[np.ndarray, " tokens"] | None = None) -> Ratio | None:
+        """How much more perplexed `arm` is than `against` on the tokens among `where` that both scored.
 
-        None if either was not measured, or they share fewer than two such tokens.
+        By default `where` is after the first eviction. None if an arm was not measured, or they share fewer than two.
         """
         if arm not in self.arms or against not in self.arms:
             return None
-        difference = np.where(self.after_eviction, self.nll(arm) - self.nll(against), np.nan)
+        chosen = self.after_eviction if where is None else where
+        difference = np.where(chosen, self.nll(arm) - self.nll(against), np.nan)
         shared = np.flatnonzero(~np.isnan(difference))
         if len(shared) < 2:
             return None
@@ -133,7 +136,7 @@ def compare(
             pace = Pace(settings.chunk, settings.singles, stage(name, contender.work(len(ids))))
             done[contender] = measure(name, contender, model, ids, pace, meter)
         arms[name] = replace(done[contender], name=name)
-    return Comparison(settings, len(ids), arms, meter.method)
+    return Comparison(settings, len(ids), forgotten_repeats(ids, settings.capacity), arms, meter.method)
 
 
 def measure(

@@ -1,9 +1,10 @@
-"""From a text to the token ids that every arm reads, and the token of a line break."""
+"""From a text to the token ids that every arm reads; the token of a line break; where a stream repeats itself."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,9 @@ from sinks.errors import TextTooShort, UnsupportedOption
 
 LINE_BREAKS = ("\n", "Ċ", "<0x0A>")
 """How vocabularies write it: as itself, in byte-level BPE, as a byte of sentencepiece."""
+
+PASSAGE = 16
+"""Tokens that must recur word for word to count as a repeated passage."""
 
 
 def stream_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int | None]:
@@ -53,3 +57,21 @@ def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
         if form in vocabulary:
             return vocabulary[form]
     raise UnsupportedOption("this tokenizer has no token for a line break: leave 'newlines' out of the arms")
+
+
+def forgotten_repeats(ids: Int[Tensor, " tokens"], keys: int) -> Bool[np.ndarray, " tokens"]:
+    """Tokens that end a passage of 16 whose last occurrence is at least `keys` tokens back.
+
+    Attention that sees everything copies such a passage; a reader of `keys` tokens has let it go. Passages are compared
+    by a 64-bit hash.
+    """
+    stream = ids.cpu().numpy().astype(np.uint64)
+    marks = np.zeros(len(stream), bool)
+    count = max(len(stream) - PASSAGE + 1, 0)
+    hashes = np.zeros(count, np.uint64)
+    for offset in range(PASSAGE):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + stream[offset : offset + count] + np.uint64(1)
+    order = np.argsort(hashes, kind="stable")  # equal passages side by side, in the order of the stream
+    again = (np.diff(hashes[order]) == 0) & (np.diff(order) >= keys)
+    marks[order[1:][again] + PASSAGE - 1] = True
+    return marks

@@ -10,6 +10,7 @@ import numpy as np
 
 from sinks.evals.compare import Arm, Comparison, Ratio
 from sinks.evals.perplexity import perplexity
+from sinks.evals.tokens import PASSAGE
 
 SCHEMA = 1
 MOST_BINS = 256
@@ -28,6 +29,7 @@ DEFINITIONS = {
     "cache_bytes": "most bytes of keys and values held between two steps",
     "peak_bytes": "most memory held during the arm, above the loaded and warmed-up model",
     "seconds": "wall clock of the whole arm",
+    "repeated_tokens": f"tokens that end a passage of {PASSAGE} whose last occurrence has left the window",
     "ratios": "exp of the mean difference in surprise, over tokens that both arms scored after the first eviction",
 }
 
@@ -44,6 +46,7 @@ def document(comparison: Comparison, about: Mapping[str, Any], reading: str) -> 
         **about,
         "settings": asdict(settings) | {"tokens": comparison.tokens, "capacity": settings.capacity},
         "first_target": settings.first_target,
+        "repeated_tokens": int(comparison.repeats.sum()),
         "memory_method": comparison.memory_method,
         "definitions": DEFINITIONS,
         "arms": [arm_numbers(comparison, arm) for arm in comparison.arms.values()],
@@ -84,17 +87,19 @@ def ratios(comparison: Comparison) -> list[dict[str, Any]]:
     for against in ("dense", "sinks"):
         for name in comparison.arms:
             if name != against and (ratio := comparison.ratio(name, against)):
-                found.append({"arm": name, "against": against, **ratio_numbers(ratio)})
+                elsewhere = comparison.ratio(name, against, comparison.after_eviction & ~comparison.repeats)
+                found.append({"arm": name, "against": against, **ratio_numbers(ratio, elsewhere)})
     return found
 
 
-def ratio_numbers(ratio: Ratio) -> dict[str, Any]:
-    """A ratio as plain data; its range counts targets from the start of the stream, both ends included."""
+def ratio_numbers(ratio: Ratio, elsewhere: Ratio | None) -> dict[str, Any]:
+    """A ratio as plain data; `range` has both its ends. `elsewhere` is the same ratio without repeated passages."""
     return {
         "ratio": ratio.value,
         "standard_error": ratio.error,
         "targets": ratio.targets,
         "range": [ratio.first, ratio.last],
+        "ratio_without_repeats": elsewhere.value if elsewhere else None,
     }
 
 

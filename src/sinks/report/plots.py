@@ -9,6 +9,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -99,7 +100,19 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
     along_stream(axes, comparison.tokens)
     axes.text(capacity, 0.985, f" {capacity:,} keys: the first token leaves", transform=axes.get_xaxis_transform(),
               color=FAINT, fontsize=9, va="top")  # fmt: skip
+    mark_repeats(axes, comparison.repeats, ends)
     name_points(axes, labels)
+
+
+def mark_repeats(axes: Axes, repeats: Bool[np.ndarray, " tokens"], ends: Int[np.ndarray, " bins"]) -> None:
+    """Shade the bins that mostly repeat what has left the window, and say so once."""
+    starts = np.append(0, ends[:-1])
+    shaded = [(start, end) for start, end in zip(starts, ends, strict=True) if repeats[start:end].mean() > 0.5]
+    for start, end in shaded:
+        axes.axvspan(start, end, color=GRID, alpha=0.7, lw=0, zorder=0)
+    if shaded:
+        axes.annotate("text repeats what the window let go", (shaded[-1][1], 0), (-4, 5), textcoords="offset points",
+                      xycoords=axes.get_xaxis_transform(), ha="right", fontsize=9, color=FAINT)  # fmt: skip
 
 
 def draw_memory(axes: Axes, comparison: Comparison) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from sinks.evals.arms import SWEEP
-from sinks.evals.compare import Comparison
+from sinks.evals.compare import Comparison, Ratio
 from sinks.evals.contenders import Recompute
 
 CLOSE = 1.03
 """Perplexities within this factor are called equal: a few per cent is what another stretch of text would change."""
+
+WORTH_SAYING = 0.01
+"""Share of repeated tokens from which on they are worth a sentence."""
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -62,6 +65,19 @@ def dense_sentence(comparison: Comparison) -> str | None:
     return (
         f"Dense attention reaches {shared(comparison, 'dense', 'sinks')} on the same tokens with a cache that grows to "
         f"{size(dense.cache_bytes)}{where}; sinks stay at {size(sinks.cache_bytes)}, and are {relative(ratio.value)}."
+        f"{repeats_sentence(comparison, ratio)}"
+    )
+
+
+def repeats_sentence(comparison: Comparison, ratio: Ratio) -> str:
+    """How much of dense attention's lead is copying what a window has let go; nothing where the text hardly repeats."""
+    repeated = int((comparison.repeats & comparison.after_eviction)[ratio.first : ratio.last + 1].sum())
+    elsewhere = comparison.ratio("sinks", "dense", comparison.after_eviction & ~comparison.repeats)
+    if elsewhere is None or repeated < WORTH_SAYING * ratio.targets:
+        return ""
+    return (
+        f" Of these tokens {100 * repeated / ratio.targets:.0f} % repeat, word for word, a passage that has left the "
+        f"window, which only dense attention can copy; on the others sinks are {relative(elsewhere.value)}."
     )
 
 
