@@ -17,7 +17,7 @@ def test_all_bounded_arms_hold_equal_memory_and_equal_settings_are_one_contender
     assert found == {
         "dense": Dense(TRAINED),
         "window": Sinks(0, 16),
-        "recompute": Recompute(16, 64, 0),
+        "recompute": Recompute(16, 128, 0),
         "sinks": Sinks(4, 12),
         **{f"sweep-{kept}": Sinks(kept, 16 - kept) for kept in SWEEP},
         "newlines": Newlines(4, 12, line_break),
@@ -35,7 +35,7 @@ def test_arms_keep_one_order_whatever_the_order_they_are_asked_in():
 
 def test_recomputation_begins_as_streams_do():
     found = contenders(Settings(4, 12, arms=("recompute",)), tiny_model(), tiny_tokenizer(bos=True), bos=BOS)
-    assert found == {"recompute": Recompute(16, 64, 0, bos=BOS)}
+    assert found == {"recompute": Recompute(16, 128, 0, bos=BOS)}
 
 
 def test_a_tokenizer_without_line_breaks_is_named_only_where_it_matters():
@@ -60,8 +60,9 @@ def test_a_tokenizer_without_line_breaks_is_named_only_where_it_matters():
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], says: str):
+    sensible: dict[str, Any] = {"sinks": 4, "window": 12}
     with pytest.raises(InvalidInput, match=says):
-        Settings(**{"sinks": 4, "window": 12} | changes)
+        Settings(**(sensible | changes))
 
 
 def test_a_small_window_needs_no_sweep():

@@ -21,7 +21,7 @@ def test_any_pace_equals_one_dense_pass(chunk: int, singles: int, bounded: bool)
     cache = SinkCache.for_model(model, sinks=4, window=96) if bounded else DynamicCache(config=model.config)
     found = score(model, IDS, cache, chunk, singles=singles)
     assert np.isnan(found.nll[0])
-    # The scorer of float64 logits stays in float64; transformers' norms and softmax do not, and chunks round otherwise.
+    # transformers' norms and softmax stay in float32 even in a float64 model, and round otherwise in chunks.
     np.testing.assert_allclose(found.nll[1:], dense_nll(model, IDS).numpy(), rtol=0, atol=1e-5)
 
 
@@ -29,7 +29,7 @@ def test_past_the_window_any_pace_gives_the_same():
     model = tiny_model()
     slow, fast = (score(model, IDS, SinkCache.for_model(model, sinks=2, window=14), chunk) for chunk in (1, 32))
     np.testing.assert_allclose(fast.nll[1:], slow.nll[1:], rtol=0, atol=1e-5)
-    assert np.abs(slow.nll[1:] - dense_nll(model, IDS).numpy()).max() > 0.1, "nothing was let go: the test tests nothing"
+    assert np.abs(slow.nll[1:] - dense_nll(model, IDS).numpy()).max() > 0.1, "nothing was let go: this tests nothing"
 
 
 def test_steps_say_what_was_read_and_held():

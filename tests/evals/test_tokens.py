@@ -1,11 +1,13 @@
 """What a stream is made of."""
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sinks.errors import TextTooShort, UnsupportedOption
-from sinks.evals.tokens import cut, line_break, stream_ids
+from sinks.evals.tokens import PASSAGE, cut, forgotten_repeats, line_break, stream_ids
 from tests.evals.tiny import BOS, tiny_tokenizer
 
 
@@ -56,3 +58,22 @@ def test_line_break_that_encodes_as_more_than_one_token(form: str):
 def test_no_line_break():
     with pytest.raises(UnsupportedOption, match="no token for a line break"):
         line_break(tiny_tokenizer(line_break=False))
+
+
+@pytest.mark.parametrize("keys", [40, 60, 61])
+def test_a_repeat_counts_once_its_first_copy_has_left_the_window(keys: int):
+    random = torch.randint(0, 1000, (100,), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([random[:60], random[:20], random[60:]])  # 20 tokens, again after 60
+    found = np.flatnonzero(forgotten_repeats(ids, keys)).tolist()
+    assert found == (list(range(60 + PASSAGE - 1, 80)) if keys <= 60 else [])
+
+
+def test_a_repeat_whose_last_copy_is_still_visible_does_not_count():
+    passage = torch.arange(PASSAGE)
+    ids = torch.cat([passage, torch.arange(100, 150), passage, torch.arange(200, 210), passage])
+    assert np.flatnonzero(forgotten_repeats(ids, keys=40)).tolist() == [2 * PASSAGE + 50 - 1]
+
+
+def test_a_stream_shorter_than_a_passage_repeats_nothing():
+    assert not forgotten_repeats(torch.zeros(PASSAGE - 1, dtype=torch.int64), keys=1).any()
+    assert forgotten_repeats(torch.zeros(PASSAGE + 1, dtype=torch.int64), keys=1).sum() == 1

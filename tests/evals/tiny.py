@@ -25,7 +25,8 @@ def tiny_model(layers: int = 2, dtype: torch.dtype = torch.float64, trained: int
         max_position_embeddings=trained,
         initializer_range=0.4,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config)
+    model.to(dtype=dtype).eval()  # type: ignore[call-arg]
     attach(model)
     return model
 

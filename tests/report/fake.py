@@ -48,6 +48,7 @@ def fake_comparison(
 def fake_score(contender: Contender, tokens: int, level: float) -> Score:
     """Surprise around `level`, alike in all arms until the first eviction, with the noise of one common text."""
     noise = np.random.default_rng(0).normal(0, 0.3, tokens)
+    noise -= noise[257:].mean()
     if isinstance(contender, Recompute):
         at = contender.positions(tokens) + 1
         nll = np.full(tokens, np.nan)
@@ -55,7 +56,7 @@ def fake_score(contender: Contender, tokens: int, level: float) -> Score:
         return Score(nll, at, np.full(len(at), 950.0), np.zeros(len(at), int), len(at))
     feed = contender.work(tokens)
     nll = level + noise
-    nll[: isinstance(contender, Newlines) and 4 or 1] = np.nan
+    nll[: 4 if isinstance(contender, Newlines) else 1] = np.nan
     nll[feed + 1 :] = np.nan
     bulk = feed - SINGLES
     read = np.array([*range(256, bulk, 256), bulk, *range(bulk + 1, feed + 1)])

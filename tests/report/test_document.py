@@ -45,13 +45,15 @@ def test_every_arm_has_every_number(written: dict[str, Any]):
     ]  # fmt: skip
     for arm in arms.values():
         assert all(isinstance(arm[number], int | float) for number in NUMBERS)
-        assert set(arm) == {*NUMBERS, "arm", "keeps", "settings", "measured_as", "perplexity_last_quarter", "stopped_at"}
+        others = {"arm", "keeps", "settings", "measured_as", "perplexity_last_quarter", "stopped_at"}
+        assert set(arm) == {*NUMBERS, *others}
     assert arms["sweep-4"] | {"arm": "sinks"} == arms["sinks"]
     assert arms["newlines"]["settings"] == {"sinks": 4, "window": 252, "line_break": 198}
 
 
 def test_every_field_that_needs_it_is_defined(written: dict[str, Any]):
     plain = {"arm", "keeps", "settings", "scored_after_eviction", "ms_samples"}
+    assert "repeated_tokens" in written["definitions"]
     assert set(written["arms"][0]) - plain <= set(written["definitions"])
 
 
@@ -71,6 +73,8 @@ def test_ratios_say_what_they_are_over(written: dict[str, Any]):
     assert ratios["window", "sinks"]["range"] == [257, 2047]
     assert ratios["window", "sinks"]["ratio"] == pytest.approx(np.exp(0.7))
     assert ratios["recompute", "sinks"]["targets"] == 16
+    assert ratios["window", "sinks"]["ratio_without_repeats"] == pytest.approx(np.exp(0.7))
+    assert written["repeated_tokens"] == 0
 
 
 def test_curves(written: dict[str, Any]):
@@ -78,17 +82,30 @@ def test_curves(written: dict[str, Any]):
     assert curves["ends"] == list(range(128, 2049, 128))
     assert curves["bin"] == 128
     assert set(curves["perplexity"]) == set(curves["cache_bytes"])
-    assert "sweep-4" not in curves["perplexity"], "a run that stands there under its own name"
+    assert set(curves["perplexity"]) == {"dense", "window", "sinks", "sweep-1", "sweep-2", "sweep-8", "newlines"}
     for values in (*curves["perplexity"].values(), *curves["cache_bytes"].values()):
         assert len(values) == 16
+    assert curves["perplexity"]["dense"][7] is not None, "1,000 is beyond the middle of the eighth bin"
     assert curves["perplexity"]["dense"][8:] == [None] * 8
     assert curves["cache_bytes"]["dense"][:2] == [256 * BYTES_PER_TOKEN] * 2
     assert curves["cache_bytes"]["dense"][8:] == [None] * 8
     assert curves["cache_bytes"]["sinks"] == [256 * BYTES_PER_TOKEN] * 16
 
 
+def test_samples(written: dict[str, Any]):
+    samples = written["samples"]
+    assert len(samples["tokens"]) == 16
+    assert set(samples["nll"]) == {*written["curves"]["perplexity"], "recompute"}
+    assert all(len(values) == 16 for values in samples["nll"].values())
+    stopped = [token > 1000 for token in samples["tokens"]]
+    assert [value is None for value in samples["nll"]["dense"]] == stopped
+    (recompute,) = (arm for arm in written["arms"] if arm["arm"] == "recompute")
+    assert np.exp(np.mean(samples["nll"]["recompute"])) == pytest.approx(recompute["perplexity"])
+
+
 @pytest.mark.parametrize(
-    ("tokens", "bins", "width"), [(8192, 32, 256), (8300, 32, 256), (4096, 16, 256), (97, 16, 6), (1_000_000, 256, 3907)]
+    ("tokens", "bins", "width"),
+    [(8192, 32, 256), (8300, 32, 256), (4096, 16, 256), (97, 16, 6), (1_000_000, 256, 3907)],
 )
 def test_bins(tokens: int, bins: int, width: int):
     ends = bin_ends(tokens)

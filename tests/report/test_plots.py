@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from sinks.evals.arms import SWEEP
 from sinks.report.plots import apart, comparison_figure, png
@@ -43,13 +44,15 @@ def test_panels_and_names():
     texts = [text.get_text() for text in figure.texts]
     assert texts == ["Four kept tokens hold the line", "tiny reads"]
     above, memory, time, _ = figure.axes
+    assert not any("repeats" in text for text in written(above))
     assert above.get_yscale() == "log"
     assert {"24.5  window only", "12.2  sinks", "10.0  dense", "12.3  line breaks as sinks"} <= written(above)
     assert {"94.3 MB  dense", "11.8 MB  sinks"} <= written(memory)
     assert {"34", "950"} <= written(time)
 
 
-def written(axes) -> set[str]:
+def written(axes: Axes) -> set[str]:
+    """Everything that is written in a panel."""
     return {text.get_text() for text in axes.texts}
 
 
@@ -78,6 +81,16 @@ def test_a_line_ends_where_its_arm_stopped(limit: int):
     dense = next(line for line in figure.axes[0].lines if line.get_color() == "#1a1a1a")
     ys = np.asarray(dense.get_ydata(), float)
     assert np.isnan(ys).any()
+    check_png(png(figure, dpi=40))
+
+
+def test_bins_that_repeat_what_was_let_go_are_shaded():
+    figure = comparison_figure(fake_comparison(repeats=slice(1500, 1800)), "tiny reads")
+    above = figure.axes[0]
+    spans = [patch.get_extents().transformed(above.transData.inverted()) for patch in above.patches]
+    assert sorted(round(span.x0) for span in spans) == [1536, 1664]
+    assert {round(span.width) for span in spans} == {128}
+    assert "the text repeats what the window let go" in written(above)
     check_png(png(figure, dpi=40))
 
 

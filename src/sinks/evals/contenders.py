@@ -110,7 +110,7 @@ class Newlines:
 
     @property
     def keeps(self) -> str:
-        return rf"{self.sinks} \n + {self.window}"
+        return rf"{self.sinks}\n + {self.window}"
 
     def work(self, tokens: int) -> int:
         return tokens - 1

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from sinks.evals.compare import Arm, Comparison, Ratio
 from sinks.evals.perplexity import perplexity
@@ -52,6 +53,7 @@ def document(comparison: Comparison, about: Mapping[str, Any], reading: str) -> 
         "arms": [arm_numbers(comparison, arm) for arm in comparison.arms.values()],
         "ratios": ratios(comparison),
         "curves": curves(comparison),
+        "samples": samples(comparison),
         "reading": reading,
     }
 
@@ -104,12 +106,13 @@ def ratio_numbers(ratio: Ratio, elsewhere: Ratio | None) -> dict[str, Any]:
 
 
 def curves(comparison: Comparison) -> dict[str, Any]:
-    """Perplexity and cache along the stream, in bins of equal width; null where an arm scored nothing.
+    """Perplexity and cache along the stream, in bins of equal width, of every run that read the stream.
 
-    `ends` are stream positions. A perplexity belongs to the bin before its end, bytes to the end itself.
+    `ends` are stream positions. A perplexity belongs to the bin before its end, bytes to the end itself; null where an
+    arm had stopped, or stopped before the middle of the bin.
     """
     ends = bin_ends(comparison.tokens)
-    run = {name: arm for name, arm in comparison.arms.items() if arm.measured_as == name}
+    run = {name: arm for name, arm in runs(comparison).items() if name != "recompute"}
     return {
         "bin": int(ends[0]),
         "ends": ends.tolist(),
@@ -118,8 +121,20 @@ def curves(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def bin_ends(tokens: int) -> np.ndarray:
-    """int64 [bins], where each bin ends: 256 tokens apart, unless that makes fewer than 16 bins or more than 256.
+def samples(comparison: Comparison) -> dict[str, Any]:
+    """Surprise (nats) of every run at the tokens on which re-computation was measured; null where one had stopped."""
+    at = np.flatnonzero(comparison.sampled)
+    nll = {name: [number(value) for value in comparison.nll(name)[at].tolist()] for name in runs(comparison)}
+    return {"tokens": at.tolist(), "nll": nll if len(at) else {}}
+
+
+def runs(comparison: Comparison) -> dict[str, Arm]:
+    """The arms that were run, without those that repeat another one."""
+    return {name: arm for name, arm in comparison.arms.items() if arm.measured_as == name}
+
+
+def bin_ends(tokens: int) -> Int[np.ndarray, " bins"]:
+    """Where each bin ends: 256 tokens apart, unless that makes fewer than 16 bins or more than 256.
 
     A last bin of less than half the width is merged into the one before.
     """
@@ -128,12 +143,13 @@ def bin_ends(tokens: int) -> np.ndarray:
     return np.append(inner, tokens)
 
 
-def along(nll: np.ndarray, ends: np.ndarray) -> list[float | None]:
-    """Perplexity in each bin that ends at `ends` [bins]."""
-    return [number(perplexity(part)) for part in np.split(nll, ends[:-1])]
+def along(nll: Float[np.ndarray, " tokens"], ends: Int[np.ndarray, " bins"]) -> list[float | None]:
+    """Perplexity in each bin that ends at `ends` [bins]; None where less than half of the bin was scored."""
+    parts = np.split(nll, ends[:-1])
+    return [number(perplexity(part)) if np.isnan(part).mean() <= 0.5 else None for part in parts]
 
 
-def held(arm: Arm, ends: np.ndarray) -> list[int | None]:
+def held(arm: Arm, ends: Int[np.ndarray, " bins"]) -> list[int | None]:
     """Cache bytes after the step that reached each of `ends` [bins]; None after the arm stopped."""
     read, held_bytes = arm.score.read, arm.score.cache_bytes
     steps = np.searchsorted(read, ends - 1)  # the last token is a target and never read

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -18,13 +19,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from sinks.evals.arms import SWEEP
 from sinks.evals.compare import Comparison
 from sinks.report.document import along, bin_ends
-from sinks.report.words import headline, size
+from sinks.report.words import decimal, headline, size
 
 INK, FAINT, GRID = "#1a1a1a", "#666666", "#e4e4e4"
 BELOW = {2: ((0.055, 0.32), (0.62, 0.33)), 3: ((0.055, 0.205), (0.475, 0.2), (0.765, 0.185))}
 """Left edge and width of the lower panels, as shares of the figure, by how many there are."""
 LABEL_GAP = 0.07
 """Least distance between two names beside an axis, as a share of its height."""
+
+
+Point = tuple[float | int, float | int]
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,21 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
         line = axes.plot(middles, values, color=pen.colour, lw=pen.width, solid_capstyle="round")[0]
         if pen.dashes:
             line.set_dashes(pen.dashes)
+        if np.isnan(values).all():
+            continue
         last = np.flatnonzero(~np.isnan(values))[-1]
-        text = f"{overall(comparison, name):.1f}  {pen.name}"
+        text = f"{decimal(overall(comparison, name), 1)}  {pen.name}"
         labels.append(Label(float(middles[last]), float(values[last]), text, pen.colour))
     axes.set_yscale("log")
     capacity = comparison.settings.capacity
     axes.axvline(capacity, color=FAINT, lw=1, ls=(0, (1, 2)))
-    style(axes, "Perplexity along the stream", f"in bins of {ends[0]:,} tokens, log scale")
+    detail = f"bins of {ends[0]:,} tokens, log scale; numbers on the right: all tokens after the first eviction"
+    style(axes, "Perplexity along the stream", detail)
+    low, high = axes.get_ylim()
+    axes.set_ylim(bottom=low / (high / low) ** 0.1)  # room for remarks below the lines
+    log_ticks(axes, most=9)
     along_stream(axes, comparison.tokens)
-    axes.text(capacity, 0.985, f" {capacity:,} keys: the first token leaves", transform=axes.get_xaxis_transform(),
-              color=FAINT, fontsize=9, va="top")  # fmt: skip
+    remark(axes, capacity, "left", f"{capacity:,} keys: the first token leaves")
     mark_repeats(axes, comparison.repeats, ends)
     name_points(axes, labels)
 
@@ -107,12 +116,20 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
 def mark_repeats(axes: Axes, repeats: Bool[np.ndarray, " tokens"], ends: Int[np.ndarray, " bins"]) -> None:
     """Shade the bins that mostly repeat what has left the window, and say so once."""
     starts = np.append(0, ends[:-1])
-    shaded = [(start, end) for start, end in zip(starts, ends, strict=True) if repeats[start:end].mean() > 0.5]
+    bins = zip(starts.tolist(), ends.tolist(), strict=True)
+    shaded = [(start, end) for start, end in bins if repeats[start:end].mean() > 0.5]
     for start, end in shaded:
         axes.axvspan(start, end, color=GRID, alpha=0.7, lw=0, zorder=0)
     if shaded:
-        axes.annotate("text repeats what the window let go", (shaded[-1][1], 0), (-4, 5), textcoords="offset points",
-                      xycoords=axes.get_xaxis_transform(), ha="right", fontsize=9, color=FAINT)  # fmt: skip
+        start, end = shaded[-1]
+        at, side = (start, "right") if start > ends[-1] / 2 else (end, "left")
+        remark(axes, at, side, "the text repeats what the window let go")
+
+
+def remark(axes: Axes, at: int, side: Literal["left", "right"], text: str) -> None:
+    """A few words at the foot of a panel, beginning (or, at the "right", ending) at stream position `at`."""
+    axes.annotate(text, (at, 0), (5 if side == "left" else -5, 5), textcoords="offset points", ha=side, fontsize=9,
+                  color=FAINT, xycoords=axes.get_xaxis_transform())  # fmt: skip
 
 
 def draw_memory(axes: Axes, comparison: Comparison) -> None:
@@ -142,7 +159,8 @@ def draw_time(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks(range(len(bars)), [pen.name for _, pen in bars])
     style(axes, "Time a token", "milliseconds, cache full")
     axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(False, axis="y")
 
 
@@ -152,7 +170,7 @@ def draw_sweep(axes: Axes, comparison: Comparison) -> None:
     colours = [PENS["sinks" if kept else "window"].colour for kept in SWEEP]
     axes.bar(range(len(SWEEP)), values, color=colours, width=0.62)
     for x, value in enumerate(values):
-        beside(axes, (x, value), (0, 3), f"{value:.1f}", ha="center")
+        beside(axes, (x, value), (0, 3), decimal(value, 1), ha="center")
     if "dense" in comparison.arms and not np.isnan(dense := overall(comparison, "dense")):
         axes.axhline(dense, color=INK, lw=1.3, ls=(0, (4, 2)))
         beside(axes, (len(SWEEP) - 0.5, dense), (4, 0), "dense", va="center")
@@ -160,7 +178,12 @@ def draw_sweep(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlim(-0.6, len(SWEEP) - 0.5)
     style(axes, "How many sinks?", f"perplexity, {comparison.settings.capacity:,} keys in all")
     axes.margins(y=0.14)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    if max(values) > 5 * min(values):  # linear bars would hide all differences but one
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(values) / 2)
+        log_ticks(axes, most=5)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 # What the panels share
@@ -178,7 +201,7 @@ def overall(comparison: Comparison, name: str) -> float:
 
 def style(axes: Axes, title: str, detail: str) -> None:
     """Title and detail above the left edge, no box, faint lines across."""
-    above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
     axes.annotate(title, (0, 1), (0, 22), fontsize=12.5, fontweight="bold", color=INK, **above)
     axes.annotate(detail, (0, 1), (0, 8), fontsize=9.5, color=FAINT, **above)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -188,9 +211,10 @@ def style(axes: Axes, title: str, detail: str) -> None:
     axes.set_axisbelow(True)
 
 
-def beside(axes: Axes, point: tuple[float, float], offset: tuple[float, float], text: str, **align: str) -> None:
+def beside(axes: Axes, point: Point, offset: Point, text: str, **align: Any) -> None:
     """A number or a word beside a bar, `offset` points from `point` in data units."""
-    axes.annotate(text, point, offset, textcoords="offset points", fontsize=9.5, color=INK, annotation_clip=False, **align)
+    look: dict[str, Any] = {"fontsize": 9.5, "color": INK, "annotation_clip": False}
+    axes.annotate(text, point, offset, textcoords="offset points", **look, **align)
 
 
 def along_stream(axes: Axes, tokens: int) -> None:
@@ -199,23 +223,39 @@ def along_stream(axes: Axes, tokens: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("tokens read", fontsize=9.5, color=FAINT, loc="right", labelpad=2)
-    if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
-        axes.yaxis.set_major_locator(FixedLocator([decade * step for decade in decades for step in steps]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def log_ticks(axes: Axes, most: int) -> None:
+    """Round numbers along a logarithmic axis, as many as there can be up to `most`."""
+    low, high = axes.get_ylim()
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
+    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)):
+        ticks = [tick for decade in decades for step in steps if low <= (tick := decade * step) <= high]
+        if len(ticks) <= most:
+            break
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def name_points(axes: Axes, labels: list[Label]) -> None:
-    """Writes every label right of its point, moved apart where they would overlap."""
-    to_axes = axes.transAxes.inverted()
-    heights = [to_axes.transform(axes.transData.transform((label.x, label.y)))[1] for label in labels]
-    for label, height in zip(labels, apart(heights, LABEL_GAP), strict=True):
-        x = to_axes.transform(axes.transData.transform((label.x, label.y)))[0]
-        axes.annotate(label.text, (max(x, 1), height), (6, 0), xycoords="axes fraction", textcoords="offset points",
-                      color=label.colour, fontsize=11, fontweight="bold", va="center")  # fmt: skip
+    """Write every label right of its point: inside for a line that stopped, else beside the axes, none over another."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = [(label, *to_axes.transform((label.x, label.y))) for label in labels]
+    outside = [(label, height) for label, x, height in placed if x > 0.9]
+    heights = apart([height for _, height in outside], LABEL_GAP)
+    for (label, _), height in zip(outside, heights, strict=True):
+        write(axes, label, (1, height))
+    for label, x, height in placed:
+        if x <= 0.9:
+            axes.plot(label.x, label.y, "o", color=label.colour, ms=5)
+            write(axes, label, (x, height))
+
+
+def write(axes: Axes, label: Label, place: Point) -> None:
+    """A label beside `place`, in shares of the axes."""
+    axes.annotate(label.text, place, (7, 0), xycoords="axes fraction", textcoords="offset points", color=label.colour,
+                  fontsize=11, fontweight="bold", va="center", zorder=9)  # fmt: skip
 
 
 def apart(heights: list[float], gap: float) -> list[float]:

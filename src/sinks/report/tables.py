@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
@@ -11,7 +9,7 @@ from rich.text import Text
 
 from sinks.evals.compare import Arm, Comparison
 from sinks.evals.contenders import Recompute
-from sinks.report.words import notes, reading, size
+from sinks.report.words import decimal, notes, reading, size
 
 COLUMNS = ("all", "after\nevict.", "last\nquarter", "vs\nsinks", "ms a\ntoken", "cache", "peak\nmemory")
 """Headings after the arm and what it keeps, narrow enough for 80 columns; the first three are perplexities."""
@@ -60,13 +58,6 @@ def style(arm: Arm) -> str:
     if arm.measured_as != arm.name:
         return "dim"
     return "bold" if arm.name == "sinks" else ""
-
-
-def decimal(value: float) -> str:
-    """A perplexity; nothing for NaN."""
-    if math.isnan(value):
-        return ""
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def summary(comparison: Comparison, title: str) -> Group:

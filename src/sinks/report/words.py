@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sinks.evals.arms import SWEEP
 from sinks.evals.compare import Comparison, Ratio
 from sinks.evals.contenders import Recompute
@@ -129,7 +131,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if recompute and isinstance(recompute.contender, Recompute):
         same = ", ".join(
-            f"{name} {comparison.perplexity(name, comparison.sampled):.2f}"
+            f"{name} {decimal(comparison.perplexity(name, comparison.sampled))}"
             for name in ("dense", "window", "sinks")
             if name in comparison.arms
         )
@@ -150,13 +152,20 @@ def notes(comparison: Comparison) -> list[str]:
 def shared(comparison: Comparison, arm: str, other: str) -> str:
     """Perplexity of `arm` on the targets after the first eviction that `other` scored too."""
     both = comparison.arms[other].score.scored & comparison.after_eviction
-    return f"{comparison.perplexity(arm, both):.2f}"
+    return decimal(comparison.perplexity(arm, both))
 
 
 def relative(ratio: float) -> str:
     """`21 % above it`, or its opposite."""
     percent = round(100 * (ratio - 1))
     return "level with it" if percent == 0 else f"{abs(percent)} % {'above' if percent > 0 else 'below'} it"
+
+
+def decimal(value: float, digits: int = 2) -> str:
+    """A perplexity: `12.88`, `5,158`; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:,.{digits if value < 1000 else 0}f}"
 
 
 def plural(number: int, noun: str) -> str:
