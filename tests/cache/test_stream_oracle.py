@@ -217,9 +217,7 @@ def test_only_the_last_logits_and_embeddings_as_input() -> None:
 
 
 def test_inference_mode_may_come_and_go() -> None:
-    """A cache made in inference mode used to refuse the next pass outside of it: `Inplace update to inference tensor`."""
-    from tests.families.tiny import build
-
+    """A cache made in inference mode could not be written outside of it: `Inplace update to inference tensor`."""
     model = attach(build("llama", layers=2))
     ids = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(0))
     cache = SinkCache.for_model(model, sinks=2, window=7)

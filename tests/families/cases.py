@@ -105,13 +105,15 @@ _LLAMA3: dict[str, Any] = {
 
 def _longrope(original: int) -> dict[str, Any]:
     half = HEAD_DIM // 2
-    return _rope(
+    parameters = _rope(
         rope_type="longrope",
         original_max_position_embeddings=original,
         factor=TRAINED / original,
         short_factor=[1.0 + 0.1 * i for i in range(half)],
         long_factor=[1.5 + 0.7 * i for i in range(half)],
     )
+    # Phi-3's configuration overwrites the length in its parameters by its own, 4,096 unless it is told.
+    return {"rope_parameters": parameters, "original_max_position_embeddings": original}
 
 
 def _gemma3(pattern: str, window: int) -> Options:
@@ -254,8 +256,8 @@ CASES: dict[str, Tiny] = {
     "gemma": Tiny("gemma", _plain(head_dim=HEAD_DIM)),
     "phi": Tiny("phi", _plain(rope_parameters=_rope(partial_rotary_factor=0.5))),
     "phi3": Tiny("phi3", _plain(sliding_window=None)),
-    "phi3_longrope_short": Tiny("phi3", _plain(rope_parameters=_longrope(TRAINED - 2))),
-    "phi3_longrope_long": Tiny("phi3", _plain(rope_parameters=_longrope(8))),
+    "phi3_longrope_short": Tiny("phi3", _plain(**_longrope(TRAINED - 2))),
+    "phi3_longrope_long": Tiny("phi3", _plain(**_longrope(8))),
     "gpt_neox": Tiny("gpt_neox", _plain(rope_parameters=_rope(partial_rotary_factor=0.25), hidden_size=64)),
     "gpt_neox_sequential": Tiny(
         "gpt_neox", _plain(rope_parameters=_rope(partial_rotary_factor=0.5), use_parallel_residual=False)

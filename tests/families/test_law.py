@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from sinks.cache.cache import SinkCache
 from sinks.errors import CapacityError
 from sinks.models.attach import attach
+from sinks.models.families import describe
 from tests.families.cases import CASES, OWN, TRAINED
 from tests.families.feeding import feed, feed_masked, left_padded, odd_chunks, one_by_one
 from tests.families.tiny import build, exactly, tokens
@@ -205,6 +206,8 @@ def test_longrope_frequencies_are_those_of_the_capacity() -> None:
     ids = tokens(40, seed=5)
     plain = stock("phi3_longrope_long", 2)
     model = attached("phi3_longrope_long", 2)
+    short, long = (describe(model).rotaries(capacity)["all"].inv_freq for capacity in (8, 9))
+    assert not torch.equal(short, long)
     for window in (5, 6):
         expected = restream(plain, ids[0].tolist(), SINKS, window)
         got = feed(model, SinkCache.for_model(model, sinks=SINKS, window=window), ids, odd_chunks(40))

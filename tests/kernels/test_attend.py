@@ -140,10 +140,49 @@ def test_bad_input_is_named(wrong: dict[str, object], says: str) -> None:
         attend(*qkv, **({"sinks": 1, "window": 2} | wrong))  # type: ignore[arg-type]
 
 
-def test_heads_that_cannot_be_grouped_are_refused() -> None:
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_that_do_not_fit_are_refused() -> None:
     query, key = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4)
     with pytest.raises(InvalidInput, match="3 query heads"):
         attend(query, key, key, sinks=1, window=2)
+    longer = torch.zeros(1, 3, 9, 4)
+    with pytest.raises(InvalidInput, match="not one sequence"):
+        attend(query, longer, longer, sinks=1, window=2)
+    for scoring in (
+        Scoring(1.0, slopes=torch.ones(1)),
+        Scoring(1.0, sink_logits=torch.ones(2)),
+        Scoring(1.0, Rotary(torch.ones(3))),
+    ):
+        with pytest.raises(InvalidInput, match="slopes|sink_logits|rotary"):
+            attend(query, query, query, sinks=1, window=2, scoring=scoring)
+    for positions in (torch.tensor([[0, 0]]), torch.tensor([[1, 2]]), torch.arange(3)[None]):
+        with pytest.raises(InvalidInput, match="positions"):
+            attend(query, query, query, sinks=1, window=2, positions=positions)
+
+
+def test_the_default_scale_is_that_of_the_query() -> None:
+    qkv = heads(8, 1, 4, 2, 20, (16, 12))
+    assert torch.equal(attend(*qkv, sinks=2, window=5), attend(*qkv, sinks=2, window=5, scoring=Scoring(16**-0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    """Inputs rounded once, everything after them in float32: what is left is the rounding of keys and of the result."""
+    q, k, v = (part.to(dtype) for part in heads(9, 1, 4, 2, 300, (64, 64)))
+    scoring = Scoring(0.125, Rotary(1.0 / 10000 ** (torch.arange(0, 64, 2).double() / 64)))
+    where: dict[str, object] = {"sinks": 4, "window": 100, "scoring": scoring}
+    exact = attend(q.double(), k.double(), v.double(), impl="reference", **where)  # type: ignore[arg-type]
+    naive, fast = (attend(q, k, v, impl=impl, **where).double() for impl in ("reference", "chunked"))  # type: ignore[arg-type]
+    assert (fast - exact).square().mean().sqrt() <= 0.6 * (naive - exact).square().mean().sqrt()
+
+
+def test_no_block_meets_more_keys_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+    real = chunked.attend_block
+    monkeypatch.setattr(chunked, "BLOCK", 8)
+    monkeypatch.setattr(chunked, "attend_block", lambda *a, **k: met.append(a[2].shape[2]) or real(*a, **k))
+    attend(*heads(10, 1, 2, 1, 90, (8, 8)), sinks=3, window=10)
+    assert max(met) <= 3 + 10 - 1 + 8
 
 
 def test_wrong_code_would_be_noticed() -> None:

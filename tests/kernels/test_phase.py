@@ -75,4 +75,4 @@ def test_half_precision_is_rounded_once() -> None:
 
 def test_a_frequency_that_aliases_is_refused() -> None:
     with pytest.raises(InvalidInput, match="half a turn"):
-        Rotary(torch.tensor([3.2]))
+        Rotary(torch.tensor([math.pi], dtype=torch.float64))

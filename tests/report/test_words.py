@@ -29,6 +29,7 @@ def test_only_what_was_measured():
 def test_a_window_that_does_as_well_is_not_talked_down():
     harmless = fake_comparison({"window": 2.51, "sweep-0": 2.51})
     assert "On this text a plain window of 256 keys does as well as four sinks and 252 recent" in reading(harmless)
+    assert "line break" not in reading(harmless), "what is not needed shows nothing about its place"
     assert "needs no sink on this text" in reading(harmless)
     assert headline(harmless) == "Reading 2,048 tokens with 256 keys"
 
@@ -39,7 +40,8 @@ def test_a_window_that_does_as_well_is_not_talked_down():
         ({"sweep-1": 2.6}, "Two sinks are enough for this model."),
         ({"sweep-1": 2.6, "sweep-2": 2.6}, "Four sinks are enough for this model."),
         ({"sweep-8": 2.3}, "Even eight sinks are better than fewer."),
-        ({"newlines": 3.0}, "1.65 times theirs: here it matters which tokens are kept."),
+        ({"newlines": 3.0}, "1.65 times theirs: the token matters too."),
+        ({"window": 2.4}, "a plain window of 256 keys does better than four sinks and 252 recent tokens"),
         ({"dense": 2.5}, "and are level with it."),
         ({"dense": 2.6}, "and are 10 % below it."),
         ({"recompute": 2.6}, "gives 1.11 ± 0.00 times the sinks' perplexity"),

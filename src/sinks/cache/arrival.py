@@ -68,7 +68,7 @@ class Block:
         """One real token for every row: its slot can be written first, over the key that has just left the window."""
         return self.width == 1 and self.real is None
 
-    @property
+    @cached_property
     def filled(self) -> int:
         """Slots in use by any row when the block attends."""
         return self.plan.filled(max(self.seen_after if self.is_step else self.seen))

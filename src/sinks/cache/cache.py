@@ -28,6 +28,9 @@ class SinkCache(Cache):
     model on which `sinks.attach` was called. Feed it chunks of any size: the logits are those of feeding the tokens
     one by one under StreamingLLM's rule (arXiv 2309.17453, section 3.2), which re-assigns positions inside the cache.
     Rows are independent: a pad is never a key and never a sink. What has left the window is gone.
+
+    The cache is of constant size; `generate` itself is not, since it keeps every token id and mask column. For a stream
+    without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend.
     """
 
     def __init__(self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int) -> None:
@@ -90,7 +93,7 @@ class SinkCache(Cache):
 
     @property
     def capacity(self) -> int:
-        """Most keys a layer ever holds: sinks + window."""
+        """Most keys a layer ever holds, and a layer with a smaller window of its own holds fewer: sinks + window."""
         return self.plan.capacity
 
     @property
@@ -209,14 +212,20 @@ def check_positions(positions: Tensor | None, arrival: Arrival, offsets: list[in
     if positions is None:
         return offsets
     here = arrival.positions
-    given = positions.to(here.device).expand(here.shape[0], -1)
+    if positions.ndim != 2 or positions.shape[0] not in (1, here.shape[0]) or positions.shape[1] != here.shape[1]:
+        raise InvalidInput(f"position_ids have shape {list(positions.shape)} for {list(here.shape)} tokens")
+    ahead = positions.to(here.device) - here
+    real, far = here >= 0, torch.iinfo(torch.int64).max
+    bounds = torch.stack((ahead.where(real, far).amin(dim=1), ahead.where(real, -far).amax(dim=1)), dim=1)
     checked: list[int | None] = []
-    for row, known in enumerate(offsets):
-        found = (given[row] - here[row])[here[row] >= 0].unique().tolist()
-        if len(found) > 1 or (found and (found[0] < 0 or known not in (None, found[0]))):
+    for row, (known, (least, most)) in enumerate(zip(offsets, bounds.tolist(), strict=True)):
+        if least > most:  # nothing but pads
+            checked.append(known)
+            continue
+        if least != most or least < 0 or known not in (None, least):
             raise UnsupportedOption(
                 f"position_ids of row {row} do not count on by one from the {arrival.seen[row]} tokens already seen: "
-                "feed each token once, in order, and packed sequences as rows of their own"
+                "feed each token once, in order, packed sequences as rows of their own, and generate with use_cache on"
             )
-        checked.append(found[0] if found else known)
+        checked.append(least)
     return checked

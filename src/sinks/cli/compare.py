@@ -93,7 +93,8 @@ def run(flags: Flags) -> None:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(summary(comparison, title))
-    console.print(f"\nWrote {' and '.join(str(path) for path in paths)}", soft_wrap=True, highlight=False)
+    written = " and ".join(str(path) for path in paths)
+    console.print(f"\nWrote {written}", soft_wrap=True, highlight=False, markup=False)
     if flags.json:
         typer.echo(text, nl=False)
 

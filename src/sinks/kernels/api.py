@@ -38,11 +38,31 @@ def attend(
     """
     if sinks < 0 or window < 1:
         raise InvalidInput(f"sinks={sinks}, window={window}: sinks must be 0 or more and window 1 or more")
-    if query.shape[1] % key.shape[1]:
-        raise InvalidInput(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
     if impl not in IMPLEMENTATIONS:
         raise InvalidInput(f"impl={impl!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     if positions is None:
         positions = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
     scoring = scoring or Scoring(scale=query.shape[-1] ** -0.5)
+    _check_shapes(query, key, value, positions, scoring)
     return IMPLEMENTATIONS[impl](query, key, value, positions, sinks=sinks, window=window, scoring=scoring)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scoring: Scoring) -> None:
+    (batch, heads, queries, head_dim), kv_heads = query.shape, key.shape[1]
+    if not queries == key.shape[2] == value.shape[2] or not batch == key.shape[0] == value.shape[0]:
+        raise InvalidInput(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} are not one sequence: a "
+            "query without its own key belongs to a cache, sinks.SinkCache"
+        )
+    if heads % kv_heads or kv_heads != value.shape[1]:
+        raise InvalidInput(f"{heads} query heads cannot share {kv_heads} key and {value.shape[1]} value heads evenly")
+    for name, given in (("slopes", scoring.slopes), ("sink_logits", scoring.sink_logits)):
+        if given is not None and given.shape != (heads,):
+            raise InvalidInput(f"{name} has shape {list(given.shape)}: give one for each of {heads} heads")
+    if scoring.rotary is not None and scoring.rotary.first + scoring.rotary.width > head_dim:
+        raise InvalidInput(f"the rotary turns {scoring.rotary.width} dimensions of a head that has {head_dim}")
+    real = positions >= 0
+    if positions.shape != (batch, queries) or not torch.equal(
+        positions, (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
+    ):
+        raise InvalidInput("positions must count the real tokens of each row 0, 1, 2, ... and be -1 at pads")

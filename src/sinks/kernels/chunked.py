@@ -132,8 +132,7 @@ def _attend_explicit(
     transposed = keys.transpose(-1, -2)
     scores = _grouped(recent_query * scoring.scale, keys) @ transposed
     if sinks and sink_query is not recent_query:
-        sink_scores = _grouped(sink_query * scoring.scale, keys) @ transposed[..., :sinks]
-        scores = torch.cat((sink_scores, scores[..., sinks:]), dim=-1)
+        scores[..., :sinks] = _grouped(sink_query * scoring.scale, keys) @ transposed[..., :sinks]
     scores = scores.view(batch, heads, queries, -1)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)

@@ -7,6 +7,7 @@ function asks the cache. Any other pass goes to the model's own attention, bit f
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,16 +33,18 @@ DROPOUT = "dropout in attention is not applied to a stream: call model.eval() fi
 # What the attention function may be given without its changing anything: the cache already knows the rest.
 HARMLESS = frozenset(
     "position_ids use_cache output_router_logits is_causal logits_to_keep cache_position num_items_in_batch return_dict"
-    " output_hidden_states sliding_window softcap s_aux output_attentions".split()
+    " output_hidden_states sliding_window softcap s_aux output_attentions scaling dropout".split()
 )
+MARK = "sinks_attached"
 
 
 @dataclass(eq=False)
 class Attachment:
-    """What `attach` did to one model, so that `detach` can undo it."""
+    """What `attach` did to one model, so that `detach` can undo it; `parameters` are those of its forward."""
 
     scheme: Scheme
     stock: str
+    parameters: tuple[str, ...]
     handles: list[Any] = field(default_factory=list)
 
 
@@ -61,20 +64,29 @@ _PASS: ContextVar[Pass | None] = ContextVar("sinks_pass", default=None)
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model` stream with a `SinkCache`, and return it. Attaching twice is attaching once.
 
-    A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason.
+    A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason, and
+    CacheError for a copy of an attached model.
     """
     base = base_of(model)
     if base in _ATTACHED:
         return model
-    attachment = Attachment(describe(model), str(model.config._attn_implementation))
-    if attachment.scheme.family.route == "interface":
-        _use_interface(model, attachment)
-    else:
-        _use_projections(base, PROJECTIONS[attachment.scheme.family.model_type], attachment)
-    before = base.register_forward_pre_hook(_opener(attachment), with_kwargs=True)
-    after = base.register_forward_hook(_close, with_kwargs=True, always_call=True)
-    attachment.handles += [before, after]
+    if hasattr(base, MARK):
+        raise CacheError("this model is a copy of an attached one, hooks and all: detach, copy, then attach")
+    parameters = tuple(inspect.signature(base.forward).parameters)
+    attachment = Attachment(describe(model), str(model.config._attn_implementation), parameters)
     _ATTACHED[base] = attachment
+    setattr(base, MARK, True)
+    try:
+        if attachment.scheme.family.route == "interface":
+            _use_interface(model, attachment)
+        else:
+            _use_projections(base, PROJECTIONS[attachment.scheme.family.model_type], attachment)
+        before = base.register_forward_pre_hook(_opener(attachment), with_kwargs=True)
+        after = base.register_forward_hook(_close, with_kwargs=True, always_call=True)
+        attachment.handles += [before, after]
+    except BaseException:
+        detach(model)
+        raise
     return model
 
 
@@ -83,6 +95,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     attachment = _ATTACHED.pop(base_of(model), None)
     if attachment is None:
         return model
+    delattr(base_of(model), MARK)
     for handle in attachment.handles:
         handle.remove()
     if attachment.scheme.family.route == "interface" and model.config._attn_implementation == NAME:
@@ -139,27 +152,38 @@ def _attention(
 def _check_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
         raise UnsupportedOption(DROPOUT)
-    unknown = [k for k, v in kwargs.items() if v is not None and k not in HARMLESS | {"scaling", "dropout"}]
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise UnsupportedOption(f"a SinkCache cannot honour {', '.join(unknown)}: leave it out")
     if kwargs.get("is_causal") is False:
         raise UnsupportedOption("a stream is causal: is_causal=False cannot be honoured")
 
 
-def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    running = _PASS.get()
-    if running is None:
-        raise CacheError("an attention layer of an attached model was called outside of its model: detach it first")
+def _stock_attention(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(running.attachment.stock, eager)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(_stock_name(module.config), eager)
+
+
+def _stock_name(config: Any) -> str:
+    """What an attached model attends with when it does not stream.
+
+    Also asked outside of any pass: `generate` builds masks for static caches beforehand, and gradient checkpointing
+    runs single layers again afterwards.
+    """
+    running = _PASS.get()
+    if running is not None:
+        return running.attachment.stock
+    for base, attachment in _ATTACHED.items():
+        if base.config is config:
+            return attachment.stock
+    raise CacheError("this model is a copy of an attached one, hooks and all: detach, copy, then attach")
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered with transformers: a stream needs none, anything else gets its own."""
-    running = _PASS.get()
-    if running is None or running.cache is not None:
+    if _streaming() is not None:
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS[running.attachment.stock](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[_stock_name(kwargs["config"])](*args, **kwargs)
 
 
 # The projections route
@@ -213,25 +237,26 @@ def _streaming() -> StreamCache | None:
 
 def _opener(attachment: Attachment) -> Callable[..., Any]:
     def open_pass(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        kwargs = dict(zip(attachment.parameters, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, StreamCache):
             _PASS.set(Pass(attachment, None))
             return None
         _PASS.set(None)
-        inputs = _inputs(args, kwargs)
+        inputs = _inputs(kwargs)
         _check_pass(base, attachment, kwargs)
         rows, columns = inputs.shape[:2]
-        mask = _new_columns(kwargs.get("attention_mask"), columns, cache)
+        mask = _new_columns(kwargs.get("attention_mask"), rows, columns, cache)
         cache.open_pass(base, (rows, columns), mask, kwargs.get("position_ids"))
         _PASS.set(Pass(attachment, cache))
-        return args, kwargs | _stand_ins(attachment, inputs)
+        return (), kwargs | _stand_ins(attachment, inputs)
 
     return open_pass
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _inputs(kwargs: dict[str, Any]) -> Tensor:
     """Token ids or embeddings, whichever the model was given."""
-    given = [x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
+    given = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
     if len(given) != 1:
         raise InvalidInput("give the model either input_ids or inputs_embeds")
     return given[0]
@@ -260,9 +285,13 @@ def _check_pass(base: Any, attachment: Attachment, kwargs: dict[str, Any]) -> No
         raise UnsupportedOption(
             "output_attentions needs the whole attention matrix, which a stream never builds: leave it out"
         )
+    asked = kwargs.get("return_dict")
+    as_tuple = (base.config.return_dict if asked is None else asked) is False
+    if as_tuple and attachment.scheme.family.route == "projections":
+        raise UnsupportedOption("return_dict=False gives a tuple, which cannot carry the cache back: leave it out")
 
 
-def _new_columns(mask: Any, columns: int, cache: StreamCache) -> Tensor | None:
+def _new_columns(mask: Any, rows: int, columns: int, cache: StreamCache) -> Tensor | None:
     """The part of a padding mask that belongs to the new columns, as booleans."""
     fed = cache.get_seq_length()
     if mask is None:
@@ -271,17 +300,20 @@ def _new_columns(mask: Any, columns: int, cache: StreamCache) -> Tensor | None:
         raise UnsupportedOption(
             "a SinkCache decides itself who sees whom: give a 2-D attention_mask that marks pads, or none"
         )
-    if mask.shape[1] not in (columns, fed + columns):
-        raise UnsupportedOption(
-            f"attention_mask has {mask.shape[1]} columns: give {columns} for the new tokens, or {fed + columns} "
-            "for everything fed"
+    if mask.shape[0] != rows or mask.shape[1] not in (columns, fed + columns):
+        raise InvalidInput(
+            f"attention_mask has {mask.shape[0]} rows and {mask.shape[1]} columns: give {rows} rows, and {columns} "
+            f"columns for the new tokens or {fed + columns} for everything fed"
         )
+    new = mask[:, -columns:]
+    if not bool(((new == 0) | (new == 1)).all()):
+        raise InvalidInput("attention_mask holds values that are neither 0 nor 1: mark real tokens by 1 and pads by 0")
     if mask.shape[1] > columns and mask[:, :-columns].bool().sum(dim=1).tolist() != cache.seen:
         raise UnsupportedOption(
             "attention_mask marks other pads than when those tokens were fed, and a stream takes nothing back: give "
             "the mask of the new tokens"
         )
-    return mask[:, -columns:].bool()
+    return new.bool()
 
 
 def _close(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

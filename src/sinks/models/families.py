@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 from jaxtyping import Float
@@ -165,7 +166,7 @@ def describe(model: PreTrainedModel) -> Scheme:
         layers=tuple(_layer(family, config, index, alibi is not None) for index in range(config.num_hidden_layers)),
         slopes=alibi,
         trained_length=None if alibi is not None else _trained_length(config),
-        rotaries=lambda capacity: _rotaries(family, base, capacity) if alibi is None else {},
+        rotaries=partial(_rotaries, family, base),
     )
 
 
@@ -192,6 +193,8 @@ def _is_nested(config: Any) -> bool:
 
 def _rotaries(family: Family, base: PreTrainedModel, capacity: int) -> dict[str, Rotary]:
     config: Any = base.config
+    if _slopes(family, config) is not None:
+        return {}
     if family.model_type == "gptj":
         found = {"all": sinusoid_frequencies(config.rotary_dim or config.n_embd)}
     else:

@@ -17,7 +17,8 @@ COLUMNS = ("all", "after\nevict.", "last\nquarter", "vs\nsinks", "ms a\ntoken", 
 
 def comparison_table(comparison: Comparison, title: str) -> Table:
     """One row an arm; an arm that repeats another one's setting names it instead of repeating its costs."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    caption = Text(title, style="bold")  # as it is: a name may hold what rich would take for markup
+    table = Table(title=caption, title_justify="left", title_style="", header_style="bold", box=None, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     table.add_column("keeps", no_wrap=True)
     for name in COLUMNS:

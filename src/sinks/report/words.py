@@ -53,7 +53,8 @@ def window_sentence(comparison: Comparison) -> str | None:
             f"After the first eviction a plain window of {settings.capacity:,} keys has {ratio.value:.2f} times the "
             f"perplexity of {kept} ({values})."
         )
-    return f"On this text a plain window of {settings.capacity:,} keys does as well as {kept} or better ({values})."
+    verdict = "does as well as" if ratio.value >= 1 / CLOSE else "does better than"
+    return f"On this text a plain window of {settings.capacity:,} keys {verdict} {kept} ({values})."
 
 
 def dense_sentence(comparison: Comparison) -> str | None:
@@ -98,14 +99,13 @@ def sweep_sentence(comparison: Comparison) -> str | None:
 
 
 def newlines_sentence(comparison: Comparison) -> str | None:
-    """Whether the sinks' content matters."""
-    ratio = comparison.ratio("newlines", "sinks")
-    if ratio is None:
+    """Whether it matters which tokens are kept; only a model that needs sinks can tell."""
+    ratio, needed = comparison.ratio("newlines", "sinks"), comparison.ratio("window", "sinks")
+    if ratio is None or needed is None or needed.value <= CLOSE:
         return None
-    change = f"With {plural(comparison.settings.sinks, 'line break')} in place of the sinks perplexity is"
-    if ratio.value <= CLOSE:
-        return f"{change} {ratio.value:.2f} times theirs: it is the place that makes a sink, not the token."
-    return f"{change} {ratio.value:.2f} times theirs: here it matters which tokens are kept."
+    verdict = "it is the place that makes a sink, not the token" if ratio.value <= CLOSE else "the token matters too"
+    breaks = plural(comparison.settings.sinks, "line break")
+    return f"With {breaks} in place of the sinks perplexity is {ratio.value:.2f} times theirs: {verdict}."
 
 
 def recompute_sentence(comparison: Comparison) -> str | None:
