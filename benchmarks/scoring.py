@@ -2,14 +2,16 @@
 
     python benchmarks/scoring.py --json benchmarks/results/scoring.json
 
-One stream is fed to two caches in turn, a chunk to one and the same tokens singly to the other, so that a busy machine
-slows both, and the logits are compared on the way. Token by token is too slow for the whole text: its time is measured
-on `--sample` tokens with the cache full, and said to be an estimate. Chunks read the whole text.
+Token by token is too slow for the whole text, so its time is an estimate: while the text is scored in chunks, every
+`--every` chunks a copy of the cache is fed `--singles` of the next tokens one by one. So both are measured all along
+the stream, with a full cache, and a busy machine slows both. Equality is checked there too, and from the very start of
+the stream until well after the first eviction.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +27,7 @@ from sinks.assets.texts import read_text
 from sinks.cache.cache import SinkCache
 from sinks.evals.compare import warm_up
 from sinks.evals.memory import meter_for, watch
-from sinks.evals.perplexity import score
+from sinks.evals.perplexity import score, surprise
 from sinks.evals.tokens import stream_ids
 from sinks.models.attach import attach
 from sinks.models.load import load
@@ -38,15 +40,27 @@ LENGTHS = (10_000, 40_000)
 """Tokens at which peak memory is compared."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same tokens both ways: seconds of each, and the largest difference of two logits beside their rms."""
+@dataclass
+class Tally:
+    """Seconds and tokens of each way, and how far their logits are apart beside their rms."""
 
-    tokens: int
-    chunked_seconds: float
-    single_seconds: float
-    largest_difference: float
-    logit_rms: float
+    chunked_seconds: float = 0.0
+    chunked_tokens: int = 0
+    single_seconds: float = 0.0
+    single_tokens: int = 0
+    largest_difference: float = 0.0
+    squares: float = 0.0
+    compared: int = 0
+
+    @property
+    def relative_difference(self) -> float:
+        """Largest difference of two logits as a share of the rms of all that were compared."""
+        return self.largest_difference / (self.squares / self.compared) ** 0.5
+
+    @property
+    def speedup(self) -> float:
+        """Tokens a second in chunks over tokens a second one by one."""
+        return self.chunked_tokens / self.chunked_seconds * self.single_seconds / self.single_tokens
 
 
 def main() -> None:
@@ -54,8 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Scoring a text in chunks against token by token.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20_000, help="length of the text that is scored")
-    parser.add_argument("--sample", type=int, default=512, help="tokens whose time is measured both ways")
     parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--every", type=int, default=5, help="chunks between two samples of token by token")
+    parser.add_argument("--singles", type=int, default=32, help="tokens of one sample")
     given = parser.parse_args()
     text, loaded = read_text(), load()
     model = attach(loaded.model)
@@ -81,54 +96,73 @@ def main() -> None:
 def measure(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, int], given: argparse.Namespace) -> dict[str, Any]:
     """Everything about one pair of sinks and window."""
     sinks, window = sizes
-    pair = both_ways(model, ids, sizes, given.sample, given.chunk)
-    began = time.perf_counter()
-    score(model, ids[: given.tokens], SinkCache.for_model(model, sinks=sinks, window=window), given.chunk)
-    seconds = time.perf_counter() - began
-    estimate = given.tokens * pair.single_seconds / pair.tokens
+    start = from_the_start(model, ids, sizes, given.chunk)
+    along = all_along(model, ids[: given.tokens], sizes, given)
     peaks = {length: peak_bytes(model, ids[:length], sizes, given.chunk) for length in LENGTHS}
     return {
         "sinks": sinks,
         "window": window,
         "chunk": given.chunk,
         "tokens": given.tokens,
-        "chunked_seconds": seconds,
-        "chunked_tokens_per_second": given.tokens / seconds,
-        "token_by_token_seconds_estimated": estimate,
-        "speedup": estimate / seconds,
-        "speedup_on_the_sample": pair.single_seconds / pair.chunked_seconds,
-        "sample": asdict(pair),
-        "relative_difference": pair.largest_difference / pair.logit_rms,
+        "chunked_seconds": along.chunked_seconds,
+        "token_by_token_seconds_estimated": along.single_seconds * given.tokens / along.single_tokens,
+        "token_by_token_sample": along.single_tokens,
+        "speedup": along.speedup,
+        "relative_difference": {"from_the_start": start.relative_difference, "all_along": along.relative_difference},
+        "compared_tokens": {"from_the_start": start.single_tokens, "all_along": along.single_tokens},
         "peak_bytes": peaks,
         "peak_growth_bytes": peaks[LENGTHS[1]] - peaks[LENGTHS[0]],
     }
 
 
 @torch.inference_mode()
-def both_ways(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, int], sample: int, chunk: int) -> Pair:
-    """Feed the stream's beginning to two caches, in chunks and singly; time `sample` tokens after both are full."""
+def from_the_start(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, int], chunk: int) -> Tally:
+    """Feed the stream's beginning, twice as many tokens as there are keys, to two caches."""
     sinks, window = sizes
     chunked, single = (SinkCache.for_model(model, sinks=sinks, window=window) for _ in range(2))
-    full = -(-(sinks + window) // chunk) * chunk
-    chunked_seconds = single_seconds = difference = squares = 0.0
-    count = 0
-    for start in range(0, full + sample, chunk):
-        part = ids[start : min(start + chunk, full + sample)]
-        expected, seconds = clock(model, part, chunked)
-        chunked_seconds += seconds if start >= full else 0.0
-        for row, token in zip(expected, part, strict=True):
-            logits, seconds = clock(model, token[None], single)
-            single_seconds += seconds if start >= full else 0.0
-            difference = max(difference, (logits[0] - row).abs().max().item())
-        squares, count = squares + expected.square().sum(dtype=torch.float64).item(), count + expected.numel()
-    return Pair(sample, chunked_seconds, single_seconds, difference, (squares / count) ** 0.5)
+    tally = Tally()
+    for part in ids[: 2 * (sinks + window)].split(chunk):
+        compare(model, part, feed(model, part, chunked, tally), single, tally)
+    return tally
 
 
-def clock(model: PreTrainedModel, ids: Tensor, cache: Cache) -> tuple[Tensor, float]:
-    """Logits [tokens, vocab] after feeding `ids`, and the seconds it took."""
+@torch.inference_mode()
+def all_along(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, int], given: argparse.Namespace) -> Tally:
+    """Score all of `ids` in chunks, and a sample of it with copies of the cache that read one token at a time."""
+    sinks, window = sizes
+    cache, tally = SinkCache.for_model(model, sinks=sinks, window=window), Tally()
+    parts = ids.split(given.chunk)
+    for number, (part, targets) in enumerate(zip(parts, ids[1:].split(given.chunk), strict=False)):
+        sampled = number % given.every == 0 and number * given.chunk >= sinks + window
+        copied = copy.deepcopy(cache) if sampled else None
+        logits = feed(model, part, cache, tally)
+        began = time.perf_counter()
+        surprise(logits[: len(targets)], targets)
+        tally.chunked_seconds += time.perf_counter() - began
+        if copied:
+            compare(model, part[: given.singles], logits, copied, tally)
+    return tally
+
+
+def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, tally: Tally) -> Tensor:
+    """Logits [tokens, vocab] after feeding all of `ids` at once."""
     began = time.perf_counter()
     logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
-    return logits, time.perf_counter() - began
+    tally.chunked_seconds += time.perf_counter() - began
+    tally.chunked_tokens += len(ids)
+    return logits
+
+
+def compare(model: PreTrainedModel, ids: Tensor, expected: Tensor, cache: Cache, tally: Tally) -> None:
+    """Feed `ids` one by one, and compare their logits with those `expected` [tokens or more, vocab]."""
+    for token, row in zip(ids, expected, strict=False):
+        began = time.perf_counter()
+        logits = model(input_ids=token[None, None], past_key_values=cache, use_cache=True).logits[0, 0]
+        tally.single_seconds += time.perf_counter() - began
+        tally.single_tokens += 1
+        tally.largest_difference = max(tally.largest_difference, (logits - row).abs().max().item())
+        tally.squares += row.square().sum(dtype=torch.float64).item()
+        tally.compared += row.numel()
 
 
 def peak_bytes(model: PreTrainedModel, ids: Tensor, sizes: tuple[int, int], chunk: int) -> int:
