@@ -32,7 +32,7 @@ demo: $(VENV)/.run ## a real model reads a real text with and without its sinks:
 test: $(VENV)/.test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-lint: $(VENV)/.lint ## ruff, pyright, and the floors between the rooms
+lint: $(VENV)/.lint $(VENV)/.test ## ruff, pyright, and the floors between the rooms
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
