@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from sinks.cli.main import COMMANDS
+from typer.main import get_command
+
+from sinks.cli.main import COMMANDS, build
 
 TARGET = Path(__file__).with_name("help.md")
 
@@ -26,9 +29,19 @@ def help_of(*command: str) -> str:
     ).stdout
 
 
+def every_command() -> Iterator[tuple[str, ...]]:
+    """The program itself, each command, and each command of a command."""
+    yield ()
+    for name in COMMANDS:
+        yield (name,)
+        command = get_command(build([name]))
+        group = getattr(command, "commands", {}).get(name, command)
+        yield from ((name, below) for below in getattr(group, "commands", {}) if below != name)
+
+
 def render() -> str:
     """The whole page."""
-    sections = [(" ".join(["sinks", *command]), help_of(*command)) for command in [(), *((name,) for name in COMMANDS)]]
+    sections = [(" ".join(["sinks", *command]), help_of(*command)) for command in every_command()]
     return HEADER + "".join(f"\n## {title}\n\n```text\n{text.rstrip()}\n```\n" for title, text in sections)
 
 

@@ -109,7 +109,7 @@ def test_old_results_are_replaced_and_other_files_left(compare: Command, tmp_pat
         (["--sinks", "0"], "the arm without sinks is 'window'"),
         (["--samples", "0"], "samples must be at least 1"),
         (["--chunk", "0"], "chunk must be at least 1"),
-        (["--window", "125"], "this model was trained on 128: choose a smaller window"),
+        (["--window", "125"], "this model was trained on 128: choose a window of at most 124"),
         (["--arms", "sinks,dens"], f"no arm is called 'dens': the arms are {', '.join(ARMS)}"),
         (["--arms", ","], "no arm was asked for"),
         (["--dtype", "int3"], "int3"),

@@ -10,12 +10,12 @@ from tests.report.fake import fake_comparison
 def test_all_arms():
     assert reading(fake_comparison()) == (
         "After the first eviction a plain window of 256 keys has 2.01 times the perplexity of four sinks and 252 "
-        "recent tokens (24.53 against 12.18). Dense attention reaches 9.97 on the same tokens with a cache that grows "
-        "to 94.3 MB; sinks stay at 11.8 MB, and are 22 % above it. One sink is enough for this model. With four line "
-        "breaks in place of the sinks perplexity is 1.01 times theirs: it is the place that makes a sink, not the "
-        "token. Computing the window afresh for every token gives 1.00 ± 0.00 times the sinks' perplexity at 16 "
-        "sampled positions, and takes 28 times as long a token. What leaves the 256 keys is forgotten: the stream has "
-        "no end, but the window is no longer than before."
+        "recent tokens (24.53 against 12.18). Dense attention reaches 9.97 on the same tokens with a cache that "
+        "grows to 94.3 MB; sinks stay at 11.8 MB, and are 22 % above it. One sink is enough for this model on "
+        "this text. With four line breaks in place of the sinks perplexity is 1.01 times theirs: it is the place "
+        "that makes a sink, not the token. Computing the window afresh for every token gives 1.00 ± 0.00 times "
+        "the sinks' perplexity at 16 sampled positions, and takes 28 times as long a token. What leaves the 256 "
+        "keys is forgotten: the stream has no end, but the window is no longer than before."
     )
 
 
@@ -37,8 +37,8 @@ def test_a_window_that_does_as_well_is_not_talked_down():
 @pytest.mark.parametrize(
     ("levels", "says"),
     [
-        ({"sweep-1": 2.6}, "Two sinks are enough for this model."),
-        ({"sweep-1": 2.6, "sweep-2": 2.6}, "Four sinks are enough for this model."),
+        ({"sweep-1": 2.6}, "Two sinks are enough for this model on this text."),
+        ({"sweep-1": 2.6, "sweep-2": 2.6}, "Four sinks are enough for this model on this text."),
         ({"sweep-8": 2.3}, "Even eight sinks are better than fewer."),
         ({"newlines": 3.0}, "1.65 times theirs: the token matters too."),
         ({"window": 2.4}, "a plain window of 256 keys does better than four sinks and 252 recent tokens"),

@@ -84,7 +84,7 @@ def fetch_model(asset: ModelAsset, *, accept_terms: bool = False, progress: Prog
         if not accept_terms:
             raise AssetError(
                 f"{asset.name} is under the {asset.licence}, which you have not accepted: read {document}, "
-                f"then pass accept_terms=True (--accept-terms on the command line)"
+                f"then give --accept-terms on the command line, or accept_terms=True to load()"
             )
         consent = _consent(asset.terms)
         (writable("terms") / consent.name).write_text(f"{asset.name}: {asset.licence} accepted\n", encoding="utf-8")

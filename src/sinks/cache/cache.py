@@ -64,7 +64,7 @@ class SinkCache(Cache):
         if scheme.trained_length is not None and plan.capacity > scheme.trained_length:
             raise CapacityError(
                 f"sinks={sinks} + window={window} is {plan.capacity} positions, and this model was trained on "
-                f"{scheme.trained_length}: choose a smaller window"
+                f"{scheme.trained_length}: choose a window of at most {scheme.trained_length - sinks}"
             )
         cache = cls(scheme, plan, base_of(model), start)
         if sinks and all(ring.plan.sinks == 0 for ring in cache.rings):

@@ -75,7 +75,7 @@ def check(
         scheme = _scheme_entry(describe(loaded.model))
     except UnsupportedModel as error:
         answer |= {"supported": False, "reason": str(error), "scheme": None}
-        line = f"{name} cannot stream: {error}"
+        line = f"{name}: {error}"
     else:
         answer |= {"supported": True, "reason": None, "scheme": scheme}
         told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in scheme.items() if value not in (None, ""))

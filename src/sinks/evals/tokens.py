@@ -36,7 +36,9 @@ def cut(ids: list[int], tokens: int | None, at_most: int, needed: int) -> Int[Te
     Raises TextTooShort if there are fewer than `tokens`, or if the result would have fewer than `needed`.
     """
     if tokens is not None and len(ids) < tokens:
-        raise TextTooShort(f"the text has {len(ids):,} tokens, and {tokens:,} are to be read: ask for fewer")
+        raise TextTooShort(
+            f"the text has {len(ids):,} tokens, and {tokens:,} are to be read: ask for fewer, or give a longer text"
+        )
     stream = ids[: at_most if tokens is None else tokens]
     if len(stream) < needed:
         what = f"the text has {len(ids):,} tokens" if len(ids) < needed else f"{len(stream):,} tokens are to be read"

@@ -95,7 +95,7 @@ def sweep_sentence(comparison: Comparison) -> str | None:
         return "Within so many keys the model needs no sink on this text."
     if enough == max(SWEEP):
         return f"Even {count(max(SWEEP))} sinks are better than fewer."
-    return f"{plural(enough, 'sink').capitalize()} {'is' if enough == 1 else 'are'} enough for this model."
+    return f"{plural(enough, 'sink').capitalize()} {'is' if enough == 1 else 'are'} enough for this model on this text."
 
 
 def newlines_sentence(comparison: Comparison) -> str | None:
