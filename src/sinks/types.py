@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Listener = Callable[[int], None]
+"""Hears, after each step, how much more work is done."""
+
+Stage = Callable[[str, int], Listener]
+"""Told the name of a stage that begins and its amount of work, returns who listens to it."""
+
+
+def ignore(_: int) -> None:
+    """A listener for those who do not watch."""
+
+
+def unwatched(_name: str, _work: int) -> Listener:
+    """A stage for those who do not watch."""
+    return ignore
 
 
 @runtime_checkable

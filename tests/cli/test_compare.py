@@ -12,7 +12,7 @@ from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from sinks.cli import main as cli
 from sinks.evals import compare as evals
 from sinks.evals.arms import ARMS, Settings
-from tests.evals.tiny import tiny_folder
+from tests.reading.tiny import tiny_folder
 
 Command = Callable[..., int]
 

@@ -7,7 +7,7 @@ import pytest
 from sinks.errors import CapacityError, InvalidInput, UnsupportedOption
 from sinks.evals.arms import ARMS, SWEEP, Settings, contenders
 from sinks.evals.contenders import Dense, Newlines, Pace, Recompute, Sinks
-from tests.evals.tiny import BOS, TRAINED, stream, tiny_model, tiny_tokenizer
+from tests.reading.tiny import BOS, TRAINED, stream, tiny_model, tiny_tokenizer
 
 
 def test_all_bounded_arms_hold_equal_memory_and_equal_settings_are_one_contender():

@@ -7,9 +7,9 @@ import pytest
 
 from sinks.evals.arms import Settings, contenders
 from sinks.evals.compare import Comparison, compare
-from sinks.evals.memory import SampledMeter
-from sinks.evals.perplexity import ignore
-from tests.evals.tiny import dense_nll, stream, tiny_model, tiny_tokenizer
+from sinks.reading.memory import SampledMeter
+from sinks.types import ignore
+from tests.reading.tiny import dense_nll, stream, tiny_model, tiny_tokenizer
 
 TOKENS = 120
 

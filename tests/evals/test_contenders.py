@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sinks.evals.contenders import Contender, Dense, Newlines, Pace, Recompute, Sinks
-from sinks.evals.perplexity import Score
-from tests.evals.tiny import BOS, dense_nll, stream, tiny_model
+from sinks.reading.perplexity import Score
+from tests.reading.tiny import BOS, dense_nll, stream, tiny_model
 
 IDS = stream()
 TOKENS = len(IDS)

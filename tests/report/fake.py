@@ -5,7 +5,7 @@ import numpy as np
 from sinks.evals.arms import SWEEP, Settings
 from sinks.evals.compare import Arm, Comparison
 from sinks.evals.contenders import Contender, Dense, Newlines, Recompute, Sinks
-from sinks.evals.perplexity import Score
+from sinks.reading.perplexity import Score
 
 BYTES_PER_TOKEN = 46_080
 SINGLES = 8

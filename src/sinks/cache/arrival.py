@@ -83,6 +83,11 @@ class Block:
         return latest.where(slots < seen, -1)
 
     @cached_property
+    def key_positions(self) -> Int[Tensor, "batch keys"]:
+        """Stream position of every key that the block meets: the slots, and the block where it is still unwritten."""
+        return self.slot_positions if self.is_step else torch.cat((self.slot_positions, self.positions), dim=1)
+
+    @cached_property
     def writes(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(rows, slots, columns) to write; rows and columns are None where every row writes the same slots."""
         past_sinks = self.positions - self.plan.sinks
@@ -108,9 +113,8 @@ class Block:
             return None
         key = (id(slopes), dtype)
         if key not in self._memo:
-            keys = self.slot_positions if self.is_step else torch.cat((self.slot_positions, self.positions), dim=1)
             self._memo[key] = block_bias(
-                self.positions, keys, sinks=self.plan.sinks, window=self.plan.window, slopes=slopes, dtype=dtype
+                self.positions, self.key_positions, sinks=self.plan.sinks, window=self.plan.window, slopes=slopes, dtype=dtype
             )
         return self._memo[key]  # type: ignore[return-value]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sinks.cache.arrival import Arrival
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.ring import Ring
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
+from sinks.kernels.lens import Lens
 from sinks.kernels.scoring import Scoring
 from sinks.models.families import Scheme, base_of, describe
 
@@ -141,17 +143,21 @@ class SinkCache(Cache):
         for ring in self.rings:
             ring.accepts_update = True
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, lenses: Sequence[Lens] = (), **options: Any
+    ) -> Tensor:
         """Attention of one layer's new tokens, `[rows, heads, columns, value_dim]`; then keep their keys and values.
 
-        `query` and `key` arrive unturned. `options` are `scale`, `softcap` and `sink_logits` of `Scoring`.
+        `query` and `key` arrive unturned. `options` are `scale`, `softcap` and `sink_logits` of `Scoring`; `lenses`
+        see, and bend, every block.
         """
         if self._arrival is None:
             raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
         ring, scheme = self.rings[layer], self._scheme.layers[layer]
         rotary = None if scheme.rotary is None else self._rotaries[scheme.rotary]
         scoring = Scoring(rotary=rotary, slopes=self._scheme.slopes, **options)
-        return ring.attend(query, key, value, self._arrival.blocks(ring.plan, query.device), scoring)
+        blocks = self._arrival.blocks(ring.plan, query.device)
+        return ring.attend(query, key, value, blocks, scoring, (layer, lenses) if lenses else None)
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
 from sinks.errors import CacheError, NotAttached, UnsupportedOption
 from sinks.kernels.chunked import attend_block
+from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.phase import rotate, table_dtype
 from sinks.kernels.scoring import Scoring
+from sinks.kernels.written import attend_arrival
+
+
+Observed = tuple[int, Sequence[Lens]] | None
+"""The number of this layer, and the lenses that look at its attention; None: nobody looks."""
 
 
 class Ring(CacheLayerMixin):
@@ -49,19 +56,22 @@ class Ring(CacheLayerMixin):
         value: Float[Tensor, "batch kv_heads columns value_dim"],
         blocks: list[Block],
         scoring: Scoring,
+        observed: Observed = None,
     ) -> Float[Tensor, "batch heads columns value_dim"]:
-        """Attend block by block, writing each block once it has been attended to."""
+        """Attend block by block, writing each block once it has been attended to; see `Observed`."""
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         with torch.no_grad():
             parts = [
-                self._attend_block(query[:, :, b.columns], key[:, :, b.columns], value[:, :, b.columns], b, scoring)
-                for b in blocks
+                self._attend_block(*(each[:, :, block.columns] for each in (query, key, value)), block, scoring, observed)
+                for block in blocks
             ]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
-    def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring) -> Tensor:
+    def _attend_block(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring, observed: Observed
+    ) -> Tensor:
         recent_query = sink_query = query
         if scoring.rotary is not None:
             recent, in_cache = block.tables(scoring.rotary, table_dtype(query.dtype))
@@ -76,7 +86,15 @@ class Ring(CacheLayerMixin):
         if not block.is_step:
             keys, values = torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
         sinks = min(self.plan.sinks, block.filled)
-        out = attend_block(recent_query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring)
+        if observed is None:
+            out = attend_block(recent_query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring)
+        else:
+            layer, lenses = observed
+            arrival = Arrival(layer, block.positions, recent_query, key, value)
+            out = attend_arrival(
+                arrival, sink_query, (keys, values, block.key_positions),
+                sinks=sinks, bias=bias, scoring=scoring, lenses=lenses,
+            )  # fmt: skip
         if not block.is_step:
             self._write(key, value, block)
         return out

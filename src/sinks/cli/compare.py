@@ -11,8 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from sinks.evals.arms import Settings
-    from sinks.evals.compare import Comparison, Stage
-    from sinks.evals.perplexity import Listener
+    from sinks.evals.compare import Comparison
+    from sinks.types import Listener, Stage
 
 TOKENS = 8192
 """Tokens read unless asked otherwise: what the built-in model was trained on, so dense attention is at its best."""
@@ -126,8 +126,8 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     from sinks.cache.cache import SinkCache
     from sinks.evals.arms import contenders
     from sinks.evals.compare import compare
-    from sinks.evals.memory import meter_for
-    from sinks.evals.tokens import cut, stream_ids
+    from sinks.reading.memory import meter_for
+    from sinks.reading.tokens import cut, stream_ids
     from sinks.models.attach import attach
     from sinks.models.load import load
     from sinks.report.provenance import machine, now, versions

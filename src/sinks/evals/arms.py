@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinks.errors import InvalidInput
 from sinks.evals.contenders import Contender, Dense, Newlines, Recompute, Sinks
-from sinks.evals.tokens import line_break
+from sinks.reading.tokens import line_break
 from sinks.models.families import describe
 
 ARMS = ("dense", "window", "recompute", "sinks", "sweep", "newlines")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +14,10 @@ from transformers import PreTrainedModel
 
 from sinks.evals.arms import Settings
 from sinks.evals.contenders import Contender, Pace
-from sinks.evals.memory import Meter, watch
-from sinks.evals.perplexity import Listener, Score, perplexity
-from sinks.evals.tokens import forgotten_repeats
-
-Stage = Callable[[str, int], Listener]
-"""Told the name of an arm that begins and its amount of work, returns who listens to it."""
+from sinks.reading.memory import Meter, watch
+from sinks.reading.perplexity import Score, perplexity
+from sinks.reading.tokens import forgotten_repeats
+from sinks.types import Stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sinks.cache.cache import SinkCache
-from sinks.evals.perplexity import Listener, Score, finite, ignore, score, surprise
+from sinks.reading.perplexity import Score, finite, score, surprise
+from sinks.types import Listener, ignore
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sinks.kernels.phase import rotate, table_dtype
 from sinks.kernels.scoring import Scoring, cache_distance, visible
+from sinks.kernels.written import grouped, scores_of, weights_of
 
 BLOCK = 256
 
@@ -128,27 +129,9 @@ def _attend_explicit(
     sinks: int, bias: Tensor | None, scoring: Scoring,
 ) -> Tensor:  # fmt: skip
     """The scores written out: the shortest way for one query, and the only one with a soft cap."""
-    batch, heads, queries, _ = recent_query.shape
-    transposed = keys.transpose(-1, -2)
-    scores = _grouped(recent_query * scoring.scale, keys) @ transposed
-    if sinks and sink_query is not recent_query:
-        scores[..., :sinks] = _grouped(sink_query * scoring.scale, keys) @ transposed[..., :sinks]
-    scores = scores.view(batch, heads, queries, -1)
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    if bias is not None:
-        scores = scores + bias
-    if scoring.sink_logits is None:
-        weights = torch.softmax(scores, dim=-1)
-    else:
-        logits = scoring.sink_logits.to(scores.dtype)[None, :, None, None].expand(batch, heads, queries, 1)
-        weights = torch.softmax(torch.cat((scores, logits), dim=-1), dim=-1)[..., :-1]
-    return (_grouped(weights, keys) @ values).view(batch, heads, queries, -1)
-
-
-def _grouped(heads: Tensor, keys: Tensor) -> Tensor:
-    """[batch, heads, queries, n] -> [batch, kv_heads, heads of the group x queries, n]."""
-    return heads.reshape(heads.shape[0], keys.shape[1], -1, heads.shape[-1])
+    scores = scores_of(recent_query, sink_query, keys, sinks, bias, scoring)
+    weights, _ = weights_of(scores, scoring.sink_logits)
+    return (grouped(weights, keys) @ values).view(*recent_query.shape[:3], -1)
 
 
 def _attend_fused(
@@ -166,7 +149,7 @@ def _attend_fused(
     query = F.pad(recent_query, (0, width - head_dim))
     keys_wide, values_wide = F.pad(keys, (0, width - head_dim)), F.pad(values, (0, width - values.shape[-1]))
     if sinks:
-        scores = _grouped(sink_query, keys) @ keys[:, :, :sinks].transpose(-1, -2)
+        scores = grouped(sink_query, keys) @ keys[:, :, :sinks].transpose(-1, -2)
         query[..., head_dim : head_dim + sinks] = scores.view(batch, heads, queries, sinks)
         keys_wide[:, :, :sinks] = torch.eye(sinks, width, dtype=keys.dtype, device=keys.device).roll(head_dim, dims=1)
     if scoring.sink_logits is not None:

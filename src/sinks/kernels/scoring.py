@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -24,6 +24,12 @@ class Scoring:
     slopes: Float[Tensor, " heads"] | None = None
     softcap: float | None = None
     sink_logits: Float[Tensor, " heads"] | None = None
+
+    def of_heads(self, heads: range) -> Scoring:
+        """The scoring of some of the query heads."""
+        part = slice(heads.start, heads.stop)
+        slopes, logits = (None if each is None else each[part] for each in (self.slopes, self.sink_logits))
+        return replace(self, slopes=slopes, sink_logits=logits)
 
 
 def visible(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinks.errors import CacheError, InvalidInput, UnsupportedModel, UnsupportedOption
+from sinks.kernels.lens import Lens
 from sinks.models.families import Scheme, base_of, describe
 from sinks.models.projections import PROJECTIONS, Projections, attention_modules
 from sinks.models.rotary import rotary_modules
 from sinks.types import StreamCache
 
 NAME = "sinks"
-DROPOUT = "dropout in attention is not applied to a stream: call model.eval() first"
+OBSERVED = "sinks-observed"
+"""The implementation of a model under observation (`models/observe.py`), attached or not."""
+
+DROPOUT = "dropout in attention is not applied to a stream, or under observation: call model.eval() first"
 # What the attention function may be given without its changing anything: the cache already knows the rest.
 HARMLESS = frozenset(
     "position_ids use_cache output_router_logits is_causal logits_to_keep cache_position num_items_in_batch return_dict"
@@ -50,15 +54,19 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """The forward pass that is running: its model's attachment, and the cache that drives it, if one does."""
+    """The forward pass that is running: its model's attachment, the cache that drives it, if one does, and lenses."""
 
     attachment: Attachment
     cache: StreamCache | None
+    lenses: tuple[Lens, ...] = ()
     caught: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _PASS: ContextVar[Pass | None] = ContextVar("sinks_pass", default=None)
+
+LENSES: weakref.WeakKeyDictionary[nn.Module, list[Lens]] = weakref.WeakKeyDictionary()
+"""What observes each model now; kept by `models/observe.py`."""
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
@@ -121,7 +129,7 @@ def _use_interface(model: PreTrainedModel, attachment: Attachment) -> None:
 
 def _zero_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """At position 0 the cosine is 1 and the sine 0: the model's own rotation leaves queries and keys alone."""
-    if _streaming() is None:
+    if streaming() is None:
         return None
     if "position_ids" in kwargs:
         return args, kwargs | {"position_ids": torch.zeros_like(kwargs["position_ids"])}
@@ -132,31 +140,41 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered with transformers: [batch, heads, columns, head_dim] in, columns before heads out."""
-    cache = _streaming()
-    if cache is None:
+    if streaming() is None:
         return _stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
-    _check_options(kwargs)
+    return stream_attention(module, query, key, value, **kwargs)
+
+
+def stream_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a pass that a streaming cache drives, by that cache."""
+    check_options(kwargs, "a SinkCache")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedOption("a stream is causal: is_causal=False cannot be honoured")
+    running = cast(Pass, _PASS.get())
+    cache = cast(StreamCache, running.cache)
+    options = scoring_options(query, kwargs) | {"lenses": running.lenses}
+    return cache.attend(module.layer_idx, query, key, value, **options).transpose(1, 2).contiguous(), None
+
+
+def scoring_options(query: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What transformers says of the scores, in the words of `Scoring`."""
     scale = kwargs.get("scaling")
-    out = cache.attend(
-        module.layer_idx,
-        query,
-        key,
-        value,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=kwargs.get("softcap"),
-        sink_logits=kwargs.get("s_aux"),
-    )
-    return out.transpose(1, 2).contiguous(), None
+    return {
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "softcap": kwargs.get("softcap"),
+        "sink_logits": kwargs.get("s_aux"),
+    }
 
 
-def _check_options(kwargs: dict[str, Any]) -> None:
+def check_options(kwargs: dict[str, Any], who: str) -> None:
+    """Refuse, in the name of `who`, what an attention function was asked for and would not do."""
     if kwargs.get("dropout"):
         raise UnsupportedOption(DROPOUT)
     unknown = [name for name, value in kwargs.items() if value is not None and name not in HARMLESS]
     if unknown:
-        raise UnsupportedOption(f"a SinkCache cannot honour {', '.join(unknown)}: leave it out")
-    if kwargs.get("is_causal") is False:
-        raise UnsupportedOption("a stream is causal: is_causal=False cannot be honoured")
+        raise UnsupportedOption(f"{who} cannot honour {', '.join(unknown)}: leave it out")
 
 
 def _stock_attention(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -181,7 +199,7 @@ def _stock_name(config: Any) -> str:
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The mask function registered with transformers: a stream needs none, anything else gets its own."""
-    if _streaming() is not None:
+    if streaming() is not None:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[_stock_name(kwargs["config"])](*args, **kwargs)
 
@@ -200,7 +218,7 @@ def _use_projections(base: nn.Module, projections: Projections, attachment: Atta
 
 def _sparer(projections: Projections) -> Callable[..., Any]:
     def spare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        return None if _streaming() is None else (args, kwargs | dict.fromkeys(projections.spared))
+        return None if streaming() is None else (args, kwargs | dict.fromkeys(projections.spared))
 
     return spare
 
@@ -220,7 +238,7 @@ def _replacer(module: Any, projections: Projections) -> Callable[..., Any]:
             raise UnsupportedOption(DROPOUT)
         caught = [running.caught.pop(module.get_submodule(name)) for name in projections.inputs]
         query, key, value = projections.split(module, caught)
-        options = {"scale": projections.scale(module), "softcap": None, "sink_logits": None}
+        options = {"scale": projections.scale(module), "softcap": None, "sink_logits": None, "lenses": running.lenses}
         out = running.cache.attend(module.layer_idx, query, key, value, **options)
         return (out.transpose(1, 2).flatten(2),)
 
@@ -230,7 +248,13 @@ def _replacer(module: Any, projections: Projections) -> Callable[..., Any]:
 # The pass
 
 
-def _streaming() -> StreamCache | None:
+def attachment_of(model: PreTrainedModel) -> Attachment | None:
+    """What `attach` did to this model, if it did."""
+    return _ATTACHED.get(base_of(model))
+
+
+def streaming() -> StreamCache | None:
+    """The streaming cache that drives the forward pass now running, if one does."""
     running = _PASS.get()
     return None if running is None else running.cache
 
@@ -239,7 +263,13 @@ def _opener(attachment: Attachment) -> Callable[..., Any]:
     def open_pass(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         kwargs = dict(zip(attachment.parameters, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
+        lenses = tuple(LENSES.get(base, ()))
         if not isinstance(cache, StreamCache):
+            if lenses and attachment.scheme.family.route == "projections":
+                raise UnsupportedOption(
+                    "this model computes its attention itself, so only a stream of it can be observed: read it through "
+                    "a SinkCache with a window at least as long as the text, which is the same attention"
+                )
             _PASS.set(Pass(attachment, None))
             return None
         _PASS.set(None)
@@ -248,7 +278,7 @@ def _opener(attachment: Attachment) -> Callable[..., Any]:
         rows, columns = inputs.shape[:2]
         mask = _new_columns(kwargs.get("attention_mask"), rows, columns, cache)
         cache.open_pass(base, (rows, columns), mask, kwargs.get("position_ids"))
-        _PASS.set(Pass(attachment, cache))
+        _PASS.set(Pass(attachment, cache, lenses))
         return (), kwargs | _stand_ins(attachment, inputs)
 
     return open_pass
@@ -275,7 +305,7 @@ def _stand_ins(attachment: Attachment, inputs: Tensor) -> dict[str, Any]:
 
 def _check_pass(base: Any, attachment: Attachment, kwargs: dict[str, Any]) -> None:
     implementation = base.config._attn_implementation
-    if attachment.scheme.family.route == "interface" and implementation != NAME:
+    if attachment.scheme.family.route == "interface" and implementation not in (NAME, OBSERVED):
         raise CacheError(
             f"the attention implementation was set to {implementation!r} after attach(model), so a SinkCache would not "
             "be asked: call detach(model), then attach(model)"

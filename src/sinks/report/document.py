@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sinks.evals.compare import Arm, Comparison, Ratio
-from sinks.evals.perplexity import perplexity
-from sinks.evals.tokens import PASSAGE
+from sinks.reading.perplexity import perplexity
+from sinks.reading.tokens import PASSAGE
 
 SCHEMA = 1
 MOST_BINS = 256

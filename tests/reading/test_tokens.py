@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sinks.errors import TextTooShort, UnsupportedOption
-from sinks.evals.tokens import PASSAGE, cut, forgotten_repeats, line_break, stream_ids
-from tests.evals.tiny import BOS, tiny_tokenizer
+from sinks.reading.tokens import PASSAGE, cut, forgotten_repeats, line_break, stream_ids
+from tests.reading.tiny import BOS, tiny_tokenizer
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -7,9 +7,9 @@ from transformers import DynamicCache
 
 from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, UnsupportedOption
-from sinks.evals import perplexity as module
-from sinks.evals.perplexity import Score, perplexity, score, surprise
-from tests.evals.tiny import dense_nll, stream, tiny_model
+from sinks.reading import perplexity as module
+from sinks.reading.perplexity import Score, perplexity, score, surprise
+from tests.reading.tiny import dense_nll, stream, tiny_model
 
 IDS = stream()
 

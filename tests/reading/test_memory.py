@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from sinks.cache.cache import SinkCache
-from sinks.evals.memory import HighWaterMeter, Meter, SampledMeter, bytes_held, meter_for, watch
-from tests.evals.tiny import stream, tiny_model
+from sinks.reading.memory import HighWaterMeter, Meter, SampledMeter, bytes_held, meter_for, watch
+from tests.reading.tiny import stream, tiny_model
 
 MIB = 1 << 20
 METERS = [pytest.param(SampledMeter, id="sampled")] + [pytest.param(HighWaterMeter, id="high-water")] * (

@@ -1,0 +1,92 @@
+"""What a model is shown: windows of real text, random tokens, one token repeated; BOS left out, put first, or moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sinks.errors import TextTooShort, UnsupportedOption
+
+Tokens = Literal["natural", "random", "repeated"]
+Bos = Literal["none", "first", "moved"]
+
+MOVED_TO = 10
+"""Where a moved BOS stands."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One kind of input: what the tokens are, and where BOS stands ("none": nowhere; "moved": at index 10)."""
+
+    tokens: Tokens
+    bos: Bos
+
+    @property
+    def name(self) -> str:
+        """For tables and files: `natural`, `random + BOS`, `natural, BOS at 10`."""
+        return self.tokens + {"none": "", "first": " + BOS", "moved": f", BOS at {MOVED_TO}"}[self.bos]
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, count: int, seed: int = 0
+) -> Int[Tensor, "texts tokens"]:
+    """`count` windows of `tokens` tokens of real text, without special tokens, none overlapping another.
+
+    Windows are drawn at random from all there are (each text cut from its beginning); texts shorter than a window are
+    left out. Raises TextTooShort if there are fewer than `count`.
+    """
+    found: list[list[int]] = []
+    for text in texts:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        found += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+    if len(found) < count:
+        raise TextTooShort(
+            f"the texts give {len(found)} windows of {tokens} tokens, and {count} are wanted: give more text, or ask for "
+            "fewer or shorter windows"
+        )
+    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor([found[index] for index in chosen.tolist()])
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for the beginning of a text: BOS, or else the one that stands for a class or an end."""
+    for token in (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return None
+
+
+def dressed(ids: Int[Tensor, "texts tokens"], bos: Bos, token: int | None) -> Int[Tensor, "texts tokens"]:
+    """`ids` with BOS where it is wanted, as many tokens as before: put first, the last token leaves; moved, it
+    overwrites index 10.
+
+    Raises UnsupportedOption if the tokenizer has no such token.
+    """
+    if bos == "none":
+        return ids
+    if token is None:
+        raise UnsupportedOption("this tokenizer has no token for the beginning of a text: measure without BOS")
+    if bos == "first":
+        return torch.cat((torch.full_like(ids[:, :1], token), ids[:, :-1]), dim=1)
+    moved = ids.clone()
+    moved[:, MOVED_TO] = token
+    return moved
+
+
+def alike(
+    natural: Int[Tensor, "texts tokens"], kind: Tokens, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> Int[Tensor, "texts tokens"]:
+    """As many tokens of another kind: uniform over the vocabulary without special tokens, or one such token repeated."""
+    if kind == "natural":
+        return natural
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    plain = torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    shape = natural.shape if kind == "random" else (len(natural), 1)
+    return plain[torch.randint(len(plain), shape, generator=generator)].expand(natural.shape).contiguous()

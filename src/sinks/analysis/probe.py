@@ -1,0 +1,76 @@
+"""`probe`: shows a model's attention and residual stream to functions, for as long as a `with` block lasts.
+
+Statistics come out of the attention pass itself, block by block, and residuals through module hooks. What a function
+does not keep is gone, so collectors keep running sums and nothing of size T x T exists at any time. Probes stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinks.kernels.lens import Arrival, Lens, Sight
+from sinks.models.observe import blocks_of, observe
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """The residual stream at one depth: 0 is what enters block 0, b + 1 is what block b puts out.
+
+    The last depth is before the final norm, which is where massive activations vanish.
+    """
+
+    depth: int
+    hidden: Float[Tensor, "batch columns width"]
+
+
+@contextmanager
+def probe(
+    model: PreTrainedModel,
+    *,
+    see: Callable[[Sight], None] | None = None,
+    arrive: Callable[[Arrival], None] | None = None,
+    residual: Callable[[Residual], None] | None = None,
+) -> Iterator[None]:
+    """Call `see` for every block of attention, `arrive` for every layer's new heads, `residual` for every depth.
+
+    Works for every forward pass inside the block: dense, with a cache of transformers in chunks, or with a `SinkCache`
+    (the model attached), on any device. `see` and `arrive` have attention computed block by block; `residual` alone
+    leaves it as it is.
+
+    Raises UnsupportedModel or UnsupportedOption where the model or a pass cannot be observed.
+    """
+    with ExitStack() as stack:
+        if see is not None or arrive is not None:
+            stack.enter_context(observe(model, Lens(see=see, arrive=arrive)))
+        if residual is not None:
+            for handle in _hook_blocks(model, residual):
+                stack.callback(handle.remove)
+        yield
+
+
+def _hook_blocks(model: PreTrainedModel, residual: Callable[[Residual], None]) -> Iterator[Any]:
+    blocks = blocks_of(model)
+    yield blocks[0].register_forward_pre_hook(_entering(residual), with_kwargs=True)
+    for index, block in enumerate(blocks):
+        yield block.register_forward_hook(_leaving(residual, index + 1))
+
+
+def _entering(residual: Callable[[Residual], None]) -> Callable[..., None]:
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        residual(Residual(0, args[0] if args else kwargs["hidden_states"]))
+
+    return enter
+
+
+def _leaving(residual: Callable[[Residual], None], depth: int) -> Callable[..., None]:
+    def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        residual(Residual(depth, output if isinstance(output, Tensor) else output[0]))
+
+    return leave
