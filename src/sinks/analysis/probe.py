@@ -6,16 +6,21 @@ does not keep is gone, so collectors keep running sums and nothing of size T x T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sinks.cache.cache import SinkCache
 from sinks.kernels.lens import Arrival, Lens, Sight
+from sinks.models.attach import attachment_of
+from sinks.models.families import base_of
 from sinks.models.observe import blocks_of, observe
 
 
@@ -53,6 +58,26 @@ def probe(
             for handle in _hook_blocks(model, residual):
                 stack.callback(handle.remove)
         yield
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor]) -> None:
+    """One dense forward pass for the sake of who watches it: token ids `[texts, tokens]`, or named inputs.
+
+    No logits are made. A model that computes its attention itself is read through a `SinkCache` that lets nothing go,
+    which is the same attention; attach it first.
+    """
+    base = base_of(model)
+    named = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    named = {name: value.to(model.device) for name, value in named.items()}
+    attachment = attachment_of(model)
+    if attachment is not None and attachment.scheme.family.route == "projections":
+        cache = SinkCache.for_model(model, sinks=0, window=named["input_ids"].shape[1])
+        base(**named, past_key_values=cache, use_cache=True)
+    elif "use_cache" in inspect.signature(base.forward).parameters:
+        base(**named, use_cache=False)
+    else:
+        base(**named)
 
 
 def _hook_blocks(model: PreTrainedModel, residual: Callable[[Residual], None]) -> Iterator[Any]:
