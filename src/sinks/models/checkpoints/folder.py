@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sinks.errors import AssetError, InvalidInput, UnsafeCheckpoint, UnsupportedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+PREPROCESSOR = "preprocessor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Suffixes of checkpoints that Python unpickles, which runs code that the file brings along."""
 
@@ -85,26 +89,40 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
         UnsupportedModel: transformers knows no such model, or knows it but not as a causal language model.
         AssetError: `config.json` is not what it should be.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if trust_remote_code and "auto_map" in read_json(folder / "config.json"):
+        return
+    remedy = "read that code, then pass trust_remote_code=True (--trust-remote-code on the command line)"
+    known = config_class(folder, remedy)
+    if known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"{folder} is a {known.model_type} model, which is no causal language model: give one")
+
+
+def config_class(folder: Path, remedy: str) -> "type[PreTrainedConfig]":
+    """What transformers itself calls the configuration of the model in `folder`.
+
+    Args:
+        folder: holds `config.json`.
+        remedy: what a person can do whose model needs code of its own, as the end of a sentence.
+
+    Raises:
+        UnsafeCheckpoint: the model needs Python code that it brings along.
+        UnsupportedModel: transformers knows no such model.
+        AssetError: `config.json` is not what it should be.
+    """
+    from transformers import CONFIG_MAPPING, __version__
 
     config = read_json(folder / "config.json")
     model_type = str(config.get("model_type"))
-    brings_code = "auto_map" in config
-    if brings_code and trust_remote_code:
-        return
     if model_type in CONFIG_MAPPING:
-        if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UnsupportedModel(f"{folder} is a {model_type} model, which is no causal language model: give one")
-    elif brings_code:
-        raise UnsafeCheckpoint(
-            f"{folder} needs Python code that it brings along (model type {model_type!r}): "
-            f"read that code, then pass trust_remote_code=True (--trust-remote-code on the command line)"
-        )
-    else:
-        raise UnsupportedModel(
-            f"{folder} has the model type {model_type!r}, which transformers {__version__} does not know: "
-            f"use a model type that it knows"
-        )
+        return CONFIG_MAPPING[model_type]
+    if "auto_map" in config:
+        raise UnsafeCheckpoint(f"{folder} needs Python code that it brings along (model type {model_type!r}): {remedy}")
+    raise UnsupportedModel(
+        f"{folder} has the model type {model_type!r}, which transformers {__version__} does not know: "
+        f"use a model type that it knows"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,3 +138,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AssetError(f"{path} holds no JSON object: copy or download it again")
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object that `read_json` reads.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
