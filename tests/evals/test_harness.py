@@ -4,6 +4,7 @@ What a `Reader` says needs no harness, so it is tested everywhere; the rest runs
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sinks.cache.cache import SinkCache
 from sinks.errors import CapacityError, InvalidInput, UnsupportedOption
@@ -42,11 +43,11 @@ PAIRS = [  # (context, continuation), most contexts longer than the window of 16
 ]
 
 
-def one_by_one(attention: str, context: list[int], continuation: list[int]) -> float:
-    """The log-likelihood by the scorer of `sinks`, fed token by token."""
+def one_by_one(attention: str, context: list[int], continuation: list[int], chunk: int = 1) -> float:
+    """The log-likelihood by the scorer of `sinks`, fed token by token, or faster where the stream is long."""
     model, kept = tiny_model(), SIZES["sinks"] if attention == "sinks" else 0
     cache = SinkCache.for_model(model, sinks=kept, window=16 - kept)
-    return -float(score(model, torch.tensor(context + continuation), cache, chunk=1).nll[len(context) :].sum())
+    return -float(score(model, torch.tensor(context + continuation), cache, chunk).nll[len(context) :].sum())
 
 
 # A Reader, for which the harness need not be there
@@ -67,7 +68,9 @@ def test_scores_are_those_of_feeding_token_by_token(attention: str, chunk: int, 
 def test_sinks_window_and_dense_differ_past_the_window_and_agree_within_it():
     within, past = ([9, 8, 7], [6, 5]), PAIRS[0]
     for pair, same in ((within, True), (past, False)):
-        dense, window, sinks = (Reader(tiny_model(), Reading(mode, **SIZES)).score([pair])[0][0] for mode in bridge.MODES)
+        dense, window, sinks = (
+            Reader(tiny_model(), Reading(mode, **SIZES)).score([pair])[0][0] for mode in bridge.MODES
+        )
         assert (window == pytest.approx(dense, abs=1e-5)) is same
         assert (sinks == pytest.approx(dense, abs=1e-5)) is same
         assert (sinks == pytest.approx(window, abs=1e-5)) is same
@@ -114,7 +117,9 @@ def test_window_and_sinks_hold_equally_many_keys():
     assert (sinks.sinks, sinks.window, sinks.capacity) == (4, 12, 16)
 
 
-@pytest.mark.parametrize("wrong", [{"attention": "flash"}, {"sinks": -1}, {"window": 0}, {"chunk": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"attention": "flash"}, {"sinks": -1}, {"window": 0}, {"chunk": 0}, {"batch_size": 0}]
+)
 def test_sizes_that_make_no_sense(wrong: dict[str, Any]):
     with pytest.raises(InvalidInput, match=next(iter(wrong))):
         Reading(**wrong)
@@ -146,8 +151,15 @@ def tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     return made
 
 
+def writer() -> LlamaForCausalLM:
+    """The tiny model without the EOS that transformers would give it, so that it writes on."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def loaded(bos: bool = False) -> Loaded:
-    return Loaded(tiny_model(), tokenizer(bos), Source("tiny", "folder", "none", "", ""))
+    return Loaded(writer(), tokenizer(bos), Source("tiny", "folder", "none", "", ""))
 
 
 def language_model(attention: str, bos: bool = False, **options: Any) -> Any:
@@ -176,7 +188,7 @@ def of_the_harness(bos: bool) -> Any:
     """The harness's own model on the same weights."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=tiny_model(), tokenizer=tokenizer(bos), add_bos_token=bos)
+    return HFLM(pretrained=writer(), tokenizer=tokenizer(bos), add_bos_token=bos)
 
 
 @needs_harness
@@ -218,7 +230,7 @@ def test_bos_stands_once_and_is_not_scored():
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_text_of_any_length_is_one_stream(attention: str, bos: bool):
     model = language_model(attention, bos)
-    expected = [one_by_one(attention, [BOS], tokenizer(False)(request.args[0]).input_ids) for request in TEXTS]
+    expected = [one_by_one(attention, [BOS], tokenizer(False)(request.args[0]).input_ids, 12) for request in TEXTS]
     assert model.loglikelihood_rolling(TEXTS) == pytest.approx(expected, abs=1e-3)
     assert model.loglikelihood_rolling(requests(("",))) == [0.0]
 
@@ -229,7 +241,7 @@ def test_a_stream_takes_contexts_and_continuations_beyond_the_trained_length(att
     model = language_model(attention, batch_size=3)
     (found, _), *_ = model.loglikelihood(requests((LONG, LONG[:600])))
     ids = [tokenizer(False)(text).input_ids for text in (LONG, LONG[:600])]
-    assert found == pytest.approx(one_by_one(attention, *ids), abs=1e-3)
+    assert found == pytest.approx(one_by_one(attention, *ids, 12), abs=1e-3)
     with pytest.raises(InvalidInput, match="choose attention=window"):
         language_model("dense").loglikelihood(requests((LONG, LONG[:600])))
 
@@ -238,12 +250,13 @@ def test_a_stream_takes_contexts_and_continuations_beyond_the_trained_length(att
 @pytest.mark.parametrize("attention", bridge.MODES)
 def test_generation_stops_where_it_is_told(attention: str):
     model = language_model(attention, batch_size=2)
-    free, same = model.generate_until(requests(*[(LONG[:60], {"max_gen_toks": 30})] * 2))
-    assert free == same and len(free) > 5
+    starts = [LONG[at : at + 60] for at in range(0, 160, 20)]  # it writes EOS early after some
+    texts = model.generate_until(requests(*[(start, {"max_gen_toks": 30}) for start in starts]))
+    start, free = next((start, text) for start, text in zip(starts, texts, strict=True) if len(text) > 5)
     stop = free[4]
-    assert model.generate_until(requests((LONG[:60], {"until": [stop], "max_gen_toks": 30}))) == [free.split(stop)[0]]
+    assert model.generate_until(requests((start, {"until": [stop], "max_gen_toks": 30}))) == [free.split(stop)[0]]
     torch.manual_seed(0)
-    sampled = model.generate_until(requests((LONG[:60], {"do_sample": True, "temperature": 3.0, "max_gen_toks": 30})))
+    sampled = model.generate_until(requests((start, {"do_sample": True, "temperature": 3.0, "max_gen_toks": 30})))
     assert sampled != [free]
 
 
@@ -329,13 +342,11 @@ def test_the_command_line_of_the_harness(tasks: Path, tmp_path: Path, run_python
 
 
 @pytest.fixture
-def run_python(run_sinks: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+def run_python(tmp_path: Path) -> Callable[..., Any]:
     """Run Python on these arguments in a fresh process, without a network."""
-    import os
-    import subprocess
 
     def run(*arguments: str) -> Any:
         command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     return run
