@@ -31,7 +31,7 @@ from sinks.reading.perplexity import score, surprise
 from sinks.reading.tokens import stream_ids
 from sinks.models.attach import attach
 from sinks.models.load import load
-from sinks.report.provenance import machine, now, versions
+from sinks.reading.provenance import machine, now, versions
 
 SIZES = ((4, 252), (4, 1020))
 """Sinks and window."""

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from sinks.errors import SinksError
     from sinks.models.attach import attach, detach
     from sinks.models.load import load
+    from sinks.report.survey import survey
 
 __version__ = "0.1.0"
 
-__all__ = ["SinkCache", "SinksError", "__version__", "attach", "detach", "load"]
+__all__ = ["SinkCache", "SinksError", "__version__", "attach", "detach", "load", "survey"]
 
 _HOMES = {
     "SinkCache": "sinks.cache.cache",
@@ -32,6 +33,7 @@ _HOMES = {
     "attach": "sinks.models.attach",
     "detach": "sinks.models.attach",
     "load": "sinks.models.load",
+    "survey": "sinks.report.survey",
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sinks.analysis.inputs import MOVED_TO, alike, bos_of, dressed, windows
+from sinks.analysis.inputs import MOVED_TO, alike, bos_of, dressed, framed, windows
 from sinks.errors import TextTooShort, UnsupportedOption
 from tests.reading.tiny import BOS, tiny_tokenizer
 
@@ -51,3 +51,14 @@ def test_random_and_repeated_tokens_are_ordinary_ones():
 def test_which_token_begins_a_text():
     assert bos_of(tiny_tokenizer(bos=True)) == BOS
     assert bos_of(tiny_tokenizer()) is None
+
+
+def test_an_encoder_is_framed():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(UnsupportedOption, match="without a frame"):
+        framed(torch.arange(12).view(1, 12), tokenizer)
+    tokenizer.add_special_tokens({"cls_token": "<c>", "sep_token": "<s>"})
+    found = framed(torch.arange(12).view(1, 12), tokenizer)
+    assert found[0, 1:-1].tolist() == list(range(10))
+    assert [found[0, 0], found[0, -1]] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    assert found.shape == (1, 12)

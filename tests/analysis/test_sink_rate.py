@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import ViTConfig, ViTModel
 
 from sinks import SinkCache, attach
 from sinks.analysis import sink_rate
@@ -141,3 +142,19 @@ def test_what_binds_a_sink(none: float, moved: float, bound: str):
     found, told = binding({"none": rate(none), "first": rate(0.5), "moved": rate(moved)})
     assert found == bound
     assert f"{100 * none:.0f} % of heads without BOS, 50 % with it" in told
+
+
+def test_an_encoder_of_pictures_is_measured_over_all_its_queries():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    pictures = torch.randn(3, 3, 8, 8)
+    whole = explicit(model, pictures, causal=False)
+    condition = Condition("pictures", "none")
+    found = sink_rate.measure_encoder(model, {condition: {"pixel_values": pictures}}, epsilon=0.2).conditions[0]
+    assert found.tokens == 5 and found.texts == 3
+    assert found.importance == pytest.approx(whole.stacked.mean(dim=-2).mean(dim=1).numpy(), abs=1e-6)
+    assert found.floor == pytest.approx(1 / 5)
+    assert found.anywhere.value == pytest.approx((whole.stacked.mean(dim=-2) > 0.2).any(dim=-1).double().mean().item())

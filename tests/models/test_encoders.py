@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ from transformers import (
 from sinks.assets import catalogue
 from sinks.errors import AssetError, InvalidInput, UnknownName, UnsafeCheckpoint, UnsupportedModel
 from sinks.models import encoders
-from sinks.models.encoders import load_encoder, prepare_encoder
+from sinks.models.encoders import is_encoder, load_encoder, picture_inputs, prepare_encoder
 from sinks.models.load import Source, load, prepare
 from tests.assets import packaging
 from tests.models.checkpoints import tiny_folder, tiny_gguf
@@ -277,3 +278,24 @@ def test_the_encoder_of_text_loads_from_its_package(bert: Path, tmp_path: Path, 
     found = load_encoder("minilm")
     assert isinstance(found.model, BertModel) and torch.equal(read(found.model, IDS), read(tiny_bert(), IDS))
     assert found.source == Source("minilm-l6", "built-in", asset.licence, payload.sha256, "")
+
+
+def test_pictures_are_normalised_as_the_model_was_prepared(vit: Path):
+    encoder = replace(load_encoder(vit, dtype="float64"), mean=(0.5, 0.0, 0.25), std=(0.5, 1.0, 2.0))
+    picture = np.full((3, 4, 4), 0.75, dtype=np.float32)
+    values = picture_inputs(encoder, [picture, picture])["pixel_values"]
+    assert values.shape == (2, 3, 4, 4) and values.dtype == torch.float64
+    assert values[1, :, 0, 0].tolist() == [0.5, 0.75, 0.25]
+    plain = replace(encoder, mean=None, std=None)
+    assert (picture_inputs(plain, [picture])["pixel_values"] == 0.75).all()
+
+
+def test_pictures_are_nothing_to_an_encoder_of_text(bert: Path):
+    with pytest.raises(InvalidInput, match="reads text"):
+        picture_inputs(load_encoder(bert), [np.zeros((3, 4, 4), np.float32)])
+
+
+def test_which_door_a_name_goes_through(bert: Path, vit: Path, tmp_path: Path):
+    tiny_folder(tmp_path / "llama")
+    assert [is_encoder(name) for name in (bert, vit, "minilm-l6", "dinov2-small")] == [True] * 4
+    assert [is_encoder(name) for name in (tmp_path / "llama", tmp_path, "smollm2", "owner/name")] == [False] * 4

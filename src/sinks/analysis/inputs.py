@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,16 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from sinks.errors import TextTooShort, UnsupportedOption
 
-Tokens = Literal["natural", "random", "repeated"]
-Bos = Literal["none", "first", "moved"]
+Tokens = Literal["natural", "random", "repeated", "pictures"]
+Bos = Literal["none", "first", "moved", "framed"]
 
 MOVED_TO = 10
 """Where a moved BOS stands."""
 
+_WORDS: Mapping[Bos, str] = {"none": "", "first": " + BOS", "moved": f", BOS at {MOVED_TO}", "framed": ", framed"}
+
 
 @dataclass(frozen=True)
 class Condition:
-    """One kind of input: what the tokens are, and where BOS stands ("none": nowhere; "moved": at index 10)."""
+    """One kind of input: what the tokens are, and where BOS stands ("none": nowhere; "moved": at index 10).
+
+    "framed" is how an encoder is fed: its class token first, its separator last. Pictures have no BOS.
+    """
 
     tokens: Tokens
     bos: Bos
@@ -30,7 +35,7 @@ class Condition:
     @property
     def name(self) -> str:
         """For tables and files: `natural`, `random + BOS`, `natural, BOS at 10`."""
-        return self.tokens + {"none": "", "first": " + BOS", "moved": f", BOS at {MOVED_TO}"}[self.bos]
+        return self.tokens + _WORDS[self.bos]
 
 
 def windows(
@@ -77,6 +82,17 @@ def dressed(ids: Int[Tensor, "texts tokens"], bos: Bos, token: int | None) -> In
     moved = ids.clone()
     moved[:, MOVED_TO] = token
     return moved
+
+
+def framed(ids: Int[Tensor, "texts tokens"], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "texts tokens"]:
+    """`ids` between the class token and the separator of an encoder, as many tokens as before: the last two leave.
+
+    Raises UnsupportedOption if the tokenizer has no such tokens.
+    """
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if not isinstance(first, int) or not isinstance(last, int):
+        raise UnsupportedOption("this tokenizer has no class token and separator: measure without a frame")
+    return torch.cat((torch.full_like(ids[:, :1], first), ids[:, :-2], torch.full_like(ids[:, :1], last)), dim=1)
 
 
 def alike(

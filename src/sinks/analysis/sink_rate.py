@@ -52,7 +52,8 @@ class SinkRate:
     `importance`: mean over texts of alpha_k for the first keys. `rate_at`: sink rate at each of the first keys.
     `rate`: sink rate at `sink`; `aggregated` is the same with the texts' mean importance thresholded instead.
     `heads`: share of texts in which a head passes at `sink`. `curve`: the rate by epsilon. `anywhere`: heads for which
-    some key of the first half passes; `sinks`: keys of the first half that more than a quarter of all heads pass.
+    some key of the first half passes (of all keys, where attention is not causal); `sinks`: those of these keys that
+    more than a quarter of all heads pass.
     `first_mass`, `first_four_mass`: mean attention on them over queries after them; `mass_by_layer` is the former.
     `sink_mass`: on all of `sinks` together (tells dispersal from loss). `argmax`: heads whose largest importance, over
     the floor of uniform attention, is at `sink`.
@@ -249,24 +250,63 @@ def measure(
     return SinkRates(tuple(found), tuple(lengths), bound_to, verdict)
 
 
+def measure_encoder(
+    model: PreTrainedModel,
+    inputs: Mapping[Condition, Tensor | Mapping[str, Tensor]],
+    *,
+    epsilon: float = EPSILON,
+    seed: int = 0,
+    stage: Stage = unwatched,
+) -> SinkRates:
+    """Sink rates of a model that reads its whole input at once (BERT-like, or a vision transformer), by condition.
+
+    Every query sees every key, so importance is the mean over all of them, its floor is 1 / T, and any key may be a
+    sink, not only one of the first half.
+    """
+    found = []
+    for condition, given in inputs.items():
+        count = len(given if isinstance(given, Tensor) else next(iter(given.values())))
+        listen = stage(f"sink rates: {condition.name}", count)
+        found.append(sink_rate(collect(model, given, 0, lambda _, listen=listen: listen(1)), condition, epsilon, seed))
+    told = "; ".join(f"{one.condition.name}: {_percent(one.rate)} of heads at the first place" for one in found)
+    return SinkRates(tuple(found), (), "not asked", told)
+
+
 def collect(
-    model: PreTrainedModel, inputs: Int[Tensor, "texts tokens"], sink: int, listen: Listener = ignore
+    model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], sink: int, listen: Listener = ignore
 ) -> Importance:
-    """The importance of every key in dense passes over texts of one length, some at a time."""
-    found = Importance(inputs.shape[1], sink)
+    """The importance of every key in dense passes over inputs of one length, some at a time; `listen` hears tokens.
+
+    `inputs` are token ids `[texts, tokens]`, or named inputs of a model that takes others.
+    """
+    named = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    tokens = tokens_of(model, named)
+    found = Importance(tokens, sink)
+    size = max(1, BATCH_TOKENS // tokens)
     with probe(model, see=found.see):
-        for batch in inputs.split(max(1, BATCH_TOKENS // inputs.shape[1])):
-            read(model, batch)
+        for batch in zip(*(value.split(size) for value in named.values()), strict=True):
+            read(model, dict(zip(named, batch, strict=True)))
             found.close()
-            listen(batch.numel())
+            listen(len(batch[0]) * tokens)
     return found
+
+
+def tokens_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
+    """How many tokens the first block of the model gets for one of `inputs`: a picture becomes patches and more."""
+    if "input_ids" in inputs:
+        return inputs["input_ids"].shape[1]
+    widths: list[int] = []
+    with probe(model, residual=lambda residual: widths.append(residual.hidden.shape[1])):
+        read(model, {name: value[:1] for name, value in inputs.items()})
+    return widths[0]
 
 
 def sink_rate(found: Importance, condition: Condition, epsilon: float = EPSILON, seed: int = 0) -> SinkRate:
     """The sink rate and its relatives from what was collected under one condition."""
     alpha, sink, tokens = found.alpha, found.sink, found.tokens
     passes = alpha > epsilon
-    half = tokens // 2
+    is_causal = found.seen[0, 0] != found.seen[0, -1]  # the last keys of a causal text are seen by too few to tell
+    half = tokens // 2 if is_causal else tokens
     rate_at = passes.mean(axis=(0, 1, 2))
     sinks = tuple(int(key) for key in np.flatnonzero(rate_at[:half] > COMMON))
     lift = alpha[..., :half] / found.floor[:, None, :half].clip(min=np.finfo(float).tiny)

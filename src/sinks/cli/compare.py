@@ -1,24 +1,21 @@
 """`sinks compare`: one real model reads one real text in several ways, side by side."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinks.cli.progress import PLAIN_WIDTH, progress_bars
+
 if TYPE_CHECKING:
     from sinks.evals.arms import Settings
     from sinks.evals.compare import Comparison
-    from sinks.types import Listener, Stage
 
 TOKENS = 8192
 """Tokens read unless asked otherwise: what the built-in model was trained on, so dense attention is at its best."""
-
-PLAIN_WIDTH = 120
-"""Columns of the table when nobody's terminal says how many there are."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     from sinks.reading.tokens import cut, stream_ids
     from sinks.models.attach import attach
     from sinks.models.load import load
-    from sinks.report.provenance import machine, now, versions
+    from sinks.reading.provenance import machine, now, versions
 
     text = read_text(flags.text or DEFAULT_TEXT)
     loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
@@ -159,26 +156,3 @@ def title_of(comparison: "Comparison", about: Mapping[str, Any]) -> str:
         f"{model['name']}{note} reads {comparison.tokens:,} tokens of {text['name']}; every bounded reader holds "
         f"{settings.capacity:,} keys"
     )
-
-
-@contextmanager
-def progress_bars() -> Iterator["Stage"]:
-    """One bar an arm on standard error while it is a terminal; nothing otherwise."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        bars.TextColumn("{task.description:10}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
-
-        def stage(arm: str, work: int) -> "Listener":
-            task = display.add_task(arm, total=work)
-            return lambda count: display.advance(task, count)
-
-        yield stage

@@ -4,13 +4,16 @@ They read their whole input at once, so there is no cache and nothing to keep; w
 attention goes. `load` opens causal language models only, `load_encoder` these only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import transformers
+from jaxtyping import Float
+from torch import Tensor
 
 from sinks.assets.catalogue import ModelAsset, find_model, model_names, models_of, suggestion
 from sinks.assets.fetch import fetch_model
@@ -98,6 +101,35 @@ def load_encoder(
     cast(torch.nn.Module, model).to(place)
     model.eval()
     return Encoder(model, source, tokenizer, size, mean, std)
+
+
+def is_encoder(name: str | Path) -> bool:
+    """Whether `load_encoder` is the door for this name, rather than `load`: a built-in encoder, or a folder of one."""
+    asset = find_model(str(name))
+    if asset is not None:
+        return asset.kind != "causal"
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        _kind(folder)
+    except (UnsupportedModel, AssetError):  # whatever is wrong with it, `load` says
+        return False
+    return True
+
+
+def picture_inputs(encoder: Encoder, pictures: Sequence[Float[np.ndarray, "3 size size"]]) -> dict[str, Tensor]:
+    """Pictures (values between 0 and 1) as a vision transformer takes them: `pixel_values` `[pictures, 3, size, size]`.
+
+    Raises InvalidInput for an encoder of text.
+    """
+    if encoder.tokenizer is not None:
+        raise InvalidInput(f"{encoder.source.name} reads text, not pictures: give it token ids")
+    values = torch.from_numpy(np.stack(pictures))
+    if encoder.mean is not None and encoder.std is not None:
+        mean, std = (torch.tensor(colours)[:, None, None] for colours in (encoder.mean, encoder.std))
+        values = (values - mean) / std
+    return {"pixel_values": values.to(device=encoder.model.device, dtype=encoder.model.dtype)}
 
 
 def prepare_encoder(asset: ModelAsset, *, progress: Progress | None = None) -> Path:

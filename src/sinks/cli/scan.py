@@ -1,0 +1,239 @@
+"""`sinks scan`: where a model's attention sinks are, what carries them, and what happens when they are taken away."""
+
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sinks.cli.progress import PLAIN_WIDTH, progress_bars
+
+if TYPE_CHECKING:
+    from sinks.analysis.survey import Survey, SurveySettings
+    from sinks.report.survey import SurveyReport
+    from sinks.types import Stage
+
+SAVED = "survey.json"
+ATLAS = "atlas.html"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What can be asked of `sinks scan`."""
+
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Names, Hub ids, folders or GGUF files; by default the built-in model. Encoders (minilm-l6) and vision "
+            "transformers (dinov2-small) too. A survey.json, or the folder of one, is read and not measured again.",
+            show_default=False,
+        ),
+    ] = None
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a text, or a file; may be given more than once. By default Python's reference."),
+    ] = None
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture for vision transformers; may be given more than once. By default photographs."),
+    ] = None
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, and no heads one by one: a fifth of the time.")] = (
+        False
+    )
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of sink_rates, massive, entropy, mixing, semantics, repetition, interventions, advice, with "
+            "commas between; by default all."
+        ),
+    ] = None
+    epsilon: Annotated[float, typer.Option(help="Share of attention above which a key counts as a head's sink.")] = 0.3
+    texts: Annotated[int | None, typer.Option(help="Windows of text for the sink rates; by default 100.")] = None
+    context: Annotated[
+        int | None, typer.Option(help="Longest text for the dependence on length, in tokens; by default 1024.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Draws windows, random tokens and controls.")] = 0
+    out: Annotated[Path, typer.Option(help="Folder for the page, survey.json and the tables.")] = Path("sinks-scan")
+    json: Annotated[bool, typer.Option("--json", help="Print survey.json, and the summary on standard error.")] = False
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
+    dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
+    ] = False
+
+
+def register(app: typer.Typer) -> None:
+    """Add `scan` to `app`."""
+
+    @app.command("scan")
+    @functools.wraps(Flags, assigned=("__annotations__",), updated=())  # typer reads the flags from the class's fields
+    def command(**flags: Any) -> None:
+        """Measure the attention sinks of one model, or of several, and draw what was found.
+
+        Writes scan.html (one page that needs nothing else), survey.json and Parquet tables; for several models each has
+        a folder of its own, and atlas.html sets them side by side.
+        """
+        run(Flags(**flags))
+
+
+def run(flags: Flags) -> None:
+    """Measure every model, write its files, then the atlas, then print."""
+    from rich.console import Console
+
+    from sinks.assets.catalogue import DEFAULT_MODEL
+    from sinks.errors import InvalidInput
+    from sinks.report.files import results_folder, write_together
+    from sinks.report.scan.page import atlas, slug
+
+    names = flags.models or [DEFAULT_MODEL]
+    folders = [slug(Path(name).name if Path(name).exists() else name) for name in names]
+    if len(set(folders)) < len(folders):
+        raise InvalidInput(f"{', '.join(names)}: two of these would be written to one folder; scan them one by one")
+    settings, console = settings_of(flags), Console(stderr=flags.json)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    reports: list[SurveyReport] = []
+    with results_folder(flags.out) as place:
+        for name, folder in zip(names, folders, strict=True):
+            report = report_of(name, flags, settings)
+            paths = report.save(place / folder if len(names) > 1 else place)
+            show(console, report.survey, paths[0])
+            reports.append(report)
+        if len(names) > 1:
+            links = [f"{folder}/scan.html" for folder in folders]
+            page = atlas([report.survey for report in reports], links)
+            console.print(f"Wrote {write_together(place, {ATLAS: page.encode()})[0]}", soft_wrap=True, markup=False)
+    if flags.json:
+        from sinks.report.document import to_json
+        from sinks.report.scan.saved import to_plain
+
+        plain = [to_plain(report.survey) for report in reports]
+        typer.echo(to_json(plain[0]) if len(plain) == 1 else json.dumps(plain, allow_nan=False), nl=False)
+
+
+def settings_of(flags: Flags) -> "SurveySettings":
+    """The settings that the flags ask for, checked. Raises InvalidInput."""
+    from sinks.analysis.survey import PARTS, SurveySettings
+
+    asked = PARTS if flags.parts is None else tuple(part.strip() for part in flags.parts.split(",") if part.strip())
+    settings = SurveySettings(parts=asked, epsilon=flags.epsilon, seed=flags.seed)
+    if flags.quick:
+        settings = settings.quick()
+    given = {"texts": flags.texts, "long_tokens": flags.context}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def report_of(name: str, flags: Flags, settings: "SurveySettings") -> "SurveyReport":
+    """The report on one model: read from where it was saved, or measured."""
+    from sinks.assets.catalogue import find_model
+    from sinks.models.encoders import is_encoder
+    from sinks.report.survey import SurveyReport
+
+    path = Path(name).expanduser()
+    saved = path / SAVED if path.is_dir() else path
+    if find_model(name) is None and saved.is_file() and saved.suffix == ".json":
+        return SurveyReport(read_saved(saved))
+    with progress_bars() as stage:
+        if is_encoder(name):
+            return SurveyReport(scan_encoder(name, flags, settings, stage))
+        return SurveyReport(scan_language_model(name, flags, settings, stage))
+
+
+def read_saved(path: Path) -> "Survey":
+    """A survey that was saved before. Raises InvalidInput if the file holds none."""
+    from sinks.errors import InvalidInput
+    from sinks.report.scan.saved import from_plain
+
+    try:
+        return from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(
+            f"{path} holds no survey that this version can read ({type(error).__name__}: {error}): scan the model again"
+        ) from error
+
+
+def scan_language_model(name: str, flags: Flags, settings: "SurveySettings", stage: "Stage") -> "Survey":
+    """Load and survey a causal language model."""
+    from sinks.analysis.survey import measure
+    from sinks.models.load import load
+    from sinks.report.survey import about_model
+
+    texts = read_texts(flags)
+    loaded = load(name, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    about = about_model(loaded.model, asdict(loaded.source), command_line()) | {"sources": texts.sources}
+    return measure(loaded.model, loaded.tokenizer, texts.by_name, settings, about=about, stage=stage)
+
+
+def scan_encoder(name: str, flags: Flags, settings: "SurveySettings", stage: "Stage") -> "Survey":
+    """Load and survey an encoder of text, or a vision transformer."""
+    from sinks.analysis.inputs import Condition
+    from sinks.analysis.survey import encoder_texts, measure_encoder
+    from sinks.assets.pictures import read_pictures
+    from sinks.models.encoders import load_encoder, picture_inputs
+    from sinks.report.survey import about_model
+
+    encoder = load_encoder(name, dtype=flags.dtype, device=flags.device)
+    about = about_model(encoder.model, asdict(encoder.source), command_line())
+    if encoder.tokenizer is None:
+        pictures = read_pictures(flags.picture, encoder.image_size or 224)
+        about["sources"] = [title for title, _ in pictures]
+        shown = picture_inputs(encoder, [picture for _, picture in pictures])
+        inputs: Mapping[Any, Any] = {Condition("pictures", "none"): shown}
+    else:
+        texts = read_texts(flags)
+        about["sources"] = texts.sources
+        inputs = encoder_texts(encoder.tokenizer, list(texts.by_name.values()), settings)
+    return measure_encoder(encoder.model, inputs, settings, tokenizer=encoder.tokenizer, about=about, stage=stage)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts by name, and where each comes from."""
+
+    by_name: dict[str, str] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_texts(flags: Flags) -> Texts:
+    """Every text that was asked for."""
+    from sinks.assets.catalogue import DEFAULT_TEXT
+    from sinks.assets.texts import read_text
+
+    found = Texts()
+    for name in flags.text or [DEFAULT_TEXT]:
+        text = read_text(name)
+        found.by_name[text.name] = text.text
+        found.sources.append({key: value for key, value in asdict(text).items() if key != "text"})
+    return found
+
+
+def command_line() -> str:
+    """The command that gives these numbers again."""
+    import shlex
+
+    return shlex.join(["sinks", *sys.argv[1:]])
+
+
+def show(console: Any, survey: "Survey", page: Path) -> None:
+    """The headline, what was found, and where the page is."""
+    from rich.text import Text
+
+    from sinks.report.scan.words import dependence, headline, signatures, title
+
+    console.print(Text(title(survey), style="bold"))
+    console.print(Text(headline(survey)))
+    for one in signatures(survey):
+        console.print(Text.assemble(f"  {one.name}: ", (one.value, "bold"), f"  {one.text}"))
+    for finding in survey.findings:
+        console.print(Text.assemble("  - ", (finding.title, "bold"), ". ", finding.text))
+    if survey.advice is not None:
+        console.print(Text(" ".join(dependence(survey)), style="bold"))
+    for reason in dict.fromkeys(survey.left_out.values()):
+        parts = ", ".join(part for part, why in survey.left_out.items() if why == reason)
+        console.print(Text(f"  left out: {parts} ({reason})", style="dim"))
+    console.print(f"Wrote {page}", soft_wrap=True, highlight=False, markup=False)
+    console.print()
