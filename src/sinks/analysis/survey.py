@@ -41,6 +41,22 @@ PARTS = (
     "interventions",
     "advice",
 )
+LEAST = {
+    "texts": 2,
+    "tokens": 32,
+    "long_texts": 1,
+    "deep_texts": 2,
+    "deep_tokens": 96,
+    "mixed_texts": 2,
+    "changes": 1,
+    "edited_texts": 4,
+    "stream_tokens": 64,
+    "passages": 4,
+    "questions": 2,
+}
+"""The least of each number that gives a result."""
+CHANGED = (20, 60)
+"""Positions of the text whose tokens are changed to see how far that travels."""
 CLASSES = 5
 """Stretches of a text that count as classes of passages where fewer texts are given."""
 
@@ -51,7 +67,8 @@ class SurveySettings:
 
     `texts` windows of `tokens` tokens give the sink rates; `long_texts` of `long_tokens` their dependence on length;
     `deep_texts` of `deep_tokens` the residual stream, entropy and mixing; `edited_texts` of as many the interventions,
-    half of them for means, and `heads` tries every head by itself. `stream_tokens` are streamed for the entropy.
+    half of them for means, and `heads` tries every head by itself. In mixing, `changes` tokens of each of `mixed_texts`
+    are changed, each that often. `stream_tokens` are streamed for the entropy.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -62,6 +79,8 @@ class SurveySettings:
     long_tokens: int = 1024
     deep_texts: int = 16
     deep_tokens: int = 128
+    mixed_texts: int = 8
+    changes: int = 2
     edited_texts: int = 48
     heads: bool = True
     stream_tokens: int = 3072
@@ -75,9 +94,11 @@ class SurveySettings:
             raise InvalidInput(f"no part is called {unknown[0]!r}: the parts are {', '.join(PARTS)}")
         if not self.parts:
             raise InvalidInput(f"no part was asked for: the parts are {', '.join(PARTS)}")
-        for name, least in (("texts", 2), ("tokens", 32), ("long_texts", 1), ("deep_texts", 2), ("deep_tokens", 96)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise InvalidInput(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.changes > len(CHANGED):
+            raise InvalidInput(f"changes={self.changes}: at most {len(CHANGED)} tokens of a text are changed")
         if not 0 < self.epsilon < 1:
             raise InvalidInput(f"epsilon={self.epsilon}: a share of attention lies between 0 and 1")
         if self.seed < 0:
@@ -91,6 +112,7 @@ class SurveySettings:
             long_texts=2,
             long_tokens=min(self.long_tokens, 512),
             deep_texts=min(self.deep_texts, 8),
+            changes=1,
             edited_texts=min(self.edited_texts, 12),
             heads=False,
             stream_tokens=min(self.stream_tokens, 1024),
@@ -185,7 +207,8 @@ def measure(
         massive=body,
         entropy=work.run("entropy", lambda: inputs.entropy(stage)),
         mixing=work.run("mixing", lambda: mixing.measure(
-            model, inputs.deep, bos=bos_of(tokenizer), seeds=(seed, seed + 1), stage=stage,
+            model, inputs.deep[: settings.mixed_texts], bos=bos_of(tokenizer), changed=CHANGED[: settings.changes],
+            seeds=tuple(range(seed, seed + settings.changes)), stage=stage,
         )),
         semantics=work.run("semantics", lambda: semantics.measure(
             model, tokenizer, inputs.passages(), bos=bos_of(tokenizer), seed=seed, stage=stage,
