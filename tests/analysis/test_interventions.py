@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from sinks.analysis.edits import bias_scores, null_embeddings, scale_attention, set_residual
-from sinks.analysis.interventions import EPSILON, Settings, _compared, _read, head_effects, measure
+from sinks.analysis.interventions import EPSILON, HeadEffects, Settings, _compared, _read, head_effects, measure
 from sinks.analysis.trials import Bench, Spot, known, others
 from sinks.errors import InvalidInput, TextTooShort, UnsupportedOption
 from sinks.kernels.lens import Lens
@@ -251,6 +251,12 @@ def test_rows_are_split_where_logits_are_large(model, ids, monkeypatch):
     split = head_effects(model, ids[:1])
     assert np.abs(whole.removed - split.removed).max() < EXACT
     assert np.abs(whole.control - split.control).max() < EXACT
+
+
+def test_a_head_matters_if_it_does_more_than_any_control():
+    low, control = np.array([[0.03, 0.05, np.nan]]), np.array([[0.01, -0.04, np.nan]])
+    found = HeadEffects(4, 64, low + 1, control, low, low + 2)
+    assert found.matter.tolist() == [[False, True, False]]
 
 
 def test_progress_and_heads_in_the_verdict(model, tokenizer, ids):

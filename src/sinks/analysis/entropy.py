@@ -162,7 +162,7 @@ def measure(
     listen = stage("attention entropy", ids.numel() + repeated.numel() + streamed)
     layers = len(blocks_of(model))
 
-    dense = _Binned(layers, ends_of(tokens), sink)
+    dense = Bins(layers, ends_of(tokens), sink)
     masses = _Masses(sink, tokens // 2, ((1, 2), (0, NEAR)))
     with probe(model, see=dense.see), probe(model, see=masses.see):
         _read(model, ids, batch, listen)
@@ -174,7 +174,7 @@ def measure(
     if segments is not None:
         for kept, name in ((sinks, f"{sinks} sinks + {window}"), (0, f"plain window of {sinks + window}")):
             cache = SinkCache.for_model(model, sinks=kept, window=sinks + window - kept)
-            found = _Binned(layers, ends_of(segments.shape[1], cache.capacity), sink, segments.shape)
+            found = Bins(layers, ends_of(segments.shape[1], cache.capacity), sink, segments.shape)
             with probe(model, see=found.see):
                 _stream(model, segments, cache, listen)
             profiles.append(found.profile(name))
@@ -333,7 +333,7 @@ class _Means:
         return found
 
 
-class _Binned:
+class Bins:
     """Entropies of a reading by position, and, for a stream, along every segment."""
 
     def __init__(

@@ -119,7 +119,7 @@ def measure(
     texts = len(next(iter(named.values())))
     each = 1 if ids is None else ids.shape[1]
     listen = stage("massive activations", texts * each)
-    states, heads = _States(sink), _Heads(sink)
+    states, heads = States(sink), HeadNorms(sink)
     with probe(model, arrive=heads.arrive, residual=states.residual):
         for part in _batches(named, texts, batch):
             read(model, part)
@@ -186,7 +186,7 @@ def _batches(named: Mapping[str, Tensor], texts: int, batch: int) -> Iterator[di
         yield {name: value[start : start + batch] for name, value in named.items()}
 
 
-class _States:
+class States:
     """What each depth of each text comes to; the states themselves are let go, but the sink's first and last."""
 
     def __init__(self, sink: int) -> None:
@@ -276,7 +276,7 @@ def _kurtosis_share(hidden: Float[Tensor, "texts tokens width"]) -> Float[Tensor
     return squares.square_().mean(dim=-1).double() / (width - 2 + 1 / (width - 1))
 
 
-class _Heads:
+class HeadNorms:
     """Norms of the keys and values of the sink and of the others, summed over texts."""
 
     def __init__(self, sink: int) -> None:
