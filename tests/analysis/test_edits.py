@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinks.analysis.edits import (
+from sinks.analysis.causes.edits import (
     add_keys,
     add_sink_logits,
     bias_scores,

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from sinks.analysis.edits import inserted, moved, null_embeddings, replaced, set_residual, without
+from sinks.analysis.causes.edits import inserted, moved, null_embeddings, replaced, set_residual, without
 from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Lens

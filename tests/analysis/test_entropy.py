@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinks.analysis import entropy
-from sinks.analysis.entropy import KINDS, cut, ends_of, judge, measure, repeated_tokens
+from sinks.analysis.measures import entropy
+from sinks.analysis.measures.entropy import KINDS, cut, ends_of, judge, measure, repeated_tokens
 from sinks.errors import InvalidInput, NotAttached, TextTooShort
 from sinks.kernels.lens import Sight, View
 from sinks.models.attach import attach

@@ -6,8 +6,8 @@ import numpy as np
 
 from sinks.analysis.findings import findings, gaps, home_of
 from sinks.analysis.inputs import Condition
-from sinks.analysis.massive import Massive, Peak
-from sinks.analysis.sink_rate import SinkRate, SinkRates
+from sinks.analysis.measures.massive import Massive, Peak
+from sinks.analysis.measures.sink_rate import SinkRate, SinkRates
 from sinks.reading.estimate import Estimate
 
 
@@ -24,7 +24,7 @@ def rate_of(condition: Condition, by_layer: list[float], mass: float = 0.4) -> S
 
 def body_of(norm: list[float], value: list[float], lives: tuple[tuple[int, int], ...]) -> Massive:
     """A residual stream: norms of the first token by depth, value ratios by layer."""
-    depths, layers = len(norm), len(value)
+    depths = len(norm)
     largest = np.tile(np.array(norm) * 100, (3, 1))
     ratio = np.array(value)[:, None]
     peaks = tuple(Peak(depth, 0, 507, "<s>", 1.0, 100.0 * norm[depth], norm[depth], 0.0) for depth in range(depths))

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from sinks.analysis.edits import bias_scores, null_embeddings, scale_attention, set_residual
-from sinks.analysis.interventions import EPSILON, HeadEffects, Settings, _compared, _read, head_effects, measure
-from sinks.analysis.trials import Bench, Spot, known, others
+from sinks.analysis.causes.edits import bias_scores, null_embeddings, scale_attention, set_residual
+from sinks.analysis.causes.interventions import EPSILON, HeadEffects, Settings, _compared, _read, head_effects, measure
+from sinks.analysis.causes.trials import Bench, Spot, known, others
 from sinks.errors import InvalidInput, TextTooShort, UnsupportedOption
 from sinks.kernels.lens import Lens
 from sinks.models.observe import observe
@@ -247,7 +247,7 @@ def test_heads_one_by_one_equal_the_edit_of_one_head(model, ids):
 
 def test_rows_are_split_where_logits_are_large(model, ids, monkeypatch):
     whole = head_effects(model, ids[:1])
-    monkeypatch.setattr("sinks.analysis.interventions.ELEMENTS", 3 * T * VOCABULARY)
+    monkeypatch.setattr("sinks.analysis.causes.interventions.ELEMENTS", 3 * T * VOCABULARY)
     split = head_effects(model, ids[:1])
     assert np.abs(whole.removed - split.removed).max() < EXACT
     assert np.abs(whole.control - split.control).max() < EXACT

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from sinks.analysis import massive
-from sinks.analysis.massive import lives, measure, medians
+from sinks.analysis.measures import massive
+from sinks.analysis.measures.massive import lives, measure, medians
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.models.attach import attach
 from tests.analysis.explicit import Explicit, explicit

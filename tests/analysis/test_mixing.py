@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sinks import attach
-from sinks.analysis import mixing
-from sinks.analysis.mixing import KEPT, distances, geometry, measure, replaced, shapes
+from sinks.analysis.measures import mixing
+from sinks.analysis.measures.mixing import KEPT, distances, geometry, measure, replaced, shapes
 from sinks.errors import InvalidInput
 from tests.analysis.explicit import explicit
 from tests.families.tiny import build, exactly, tokens

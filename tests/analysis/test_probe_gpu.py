@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sinks import SinkCache, attach
-from sinks.analysis import massive
+from sinks.analysis.measures import massive
+from sinks.analysis.measures.sink_rate import Importance, collect
 from sinks.analysis.probe import probe
-from sinks.analysis.sink_rate import Importance, collect
 from sinks.kernels.lens import Sight
 from sinks.models.families import base_of
 from tests.families.tiny import build, tokens

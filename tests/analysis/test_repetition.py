@@ -9,9 +9,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sinks.analysis import repetition
+from sinks.analysis.measures import repetition
+from sinks.analysis.measures.repetition import (
+    NAMES,
+    OPENING,
+    TEMPLATES,
+    Answers,
+    Question,
+    ask,
+    measure,
+    questions,
+    slopes,
+)
 from sinks.analysis.probe import probe
-from sinks.analysis.repetition import NAMES, OPENING, TEMPLATES, Answers, Question, ask, measure, questions, slopes
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Arrival, Lens, View
 from sinks.models.observe import observe

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sinks import attach, detach
-from sinks.analysis import semantics
-from sinks.analysis.semantics import (
+from sinks.analysis.measures import semantics
+from sinks.analysis.measures.semantics import (
     FOLLOWING,
     PROMPT,
     Arrangement,

@@ -8,10 +8,10 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from sinks import SinkCache, attach
-from sinks.analysis import sink_rate
 from sinks.analysis.inputs import MOVED_TO, Condition
+from sinks.analysis.measures import sink_rate
+from sinks.analysis.measures.sink_rate import Importance, SinkRate, binding, by_length, collect, measure
 from sinks.analysis.probe import probe
-from sinks.analysis.sink_rate import Importance, SinkRate, binding, by_length, collect, measure
 from sinks.models.families import base_of
 from sinks.reading.estimate import Estimate
 from tests.analysis.explicit import explicit

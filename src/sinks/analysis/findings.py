@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from sinks.analysis.massive import Massive, lives
-from sinks.analysis.sink_rate import SinkRate, SinkRates
+from sinks.analysis.measures.massive import Massive, lives
+from sinks.analysis.measures.sink_rate import SinkRate, SinkRates
 
 STRONG = 0.3
 """Share of a layer's heads that pass, from which on the layer has sinks."""
@@ -82,8 +82,8 @@ def _repeated(rates: SinkRates) -> Iterator[Finding]:
         if one.condition.tokens == "repeated" and one.condition.bos == "none" and one.rate.value < 0.01:
             yield Finding(
                 "One token repeated has no sink: attention disperses",
-                f"Every hidden state is the same, so {100 * one.rate.value:.1f} % of heads pass; the first token still "
-                f"holds {100 * one.first_mass.value:.1f} % of later attention, which is what uniform attention gives it.",
+                f"Every hidden state is the same, so {100 * one.rate.value:.1f} % of heads pass; the first token holds "
+                f"{100 * one.first_mass.value:.1f} % of later attention, which is about what uniform attention gives.",
                 "less than 1 % of heads on texts of one repeated token, without BOS",
             )
 
@@ -116,7 +116,7 @@ def _layers(home: SinkRate, body: Massive | None) -> Iterator[Finding]:
         yield Finding(
             "Sinks without a massive activation",
             f"In layer {which}, {100 * by_layer[bare].max():.0f} % of heads pass, yet the sink token enters with "
-            f"{body.first_norm[bare].max():.1f} times the norm of the others: sink and massive activation are two things.",
+            f"{body.first_norm[bare].max():.1f} times the norm of the others: a sink needs no massive activation.",
             "more than 30 % sink heads where the residual of the sink token is under twice the others'",
         )
     drained = np.flatnonzero((body.value_ratio.mean(axis=1) < DRAINED) & (by_layer > STRONG))
@@ -124,8 +124,8 @@ def _layers(home: SinkRate, body: Massive | None) -> Iterator[Finding]:
     if len(sinks):
         yield Finding(
             "Values drain where sinks are" if len(drained) > len(sinks) / 2 else "Values drain in few sink layers",
-            f"In {len(drained)} of {len(sinks)} layers with sinks the sink token's value has under half the norm of the "
-            "others': attending to it adds next to nothing.",
+            f"In {len(drained)} of {len(sinks)} layers with sinks the sink token's value has under half the norm of "
+            "the others': attending to it adds next to nothing.",
             "mean value norm of the sink token under half of the others', in layers with more than 30 % sink heads",
         )
 
@@ -142,7 +142,7 @@ def _lives(name: str, body: Massive) -> Iterator[Finding]:
         ratio = float(np.median(body.largest[:, depth] / body.median[:, depth]))
         yield Finding(
             f"A massive activation is born{again} {entry}, {name}",
-            f"It peaks at {np.median(body.largest[:, depth]):,.0f} after block {depth - 1}, {ratio:,.0f} times the median"
-            f"{where}, and {end}.",
+            f"It peaks at {np.median(body.largest[:, depth]):,.0f} after block {depth - 1}, {ratio:,.0f} times the "
+            f"median{where}, and {end}.",
             "see the definition of a life in the table of measures",
         )

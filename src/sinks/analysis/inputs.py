@@ -52,8 +52,8 @@ def windows(
         found += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     if len(found) < count:
         raise TextTooShort(
-            f"the texts give {len(found)} windows of {tokens} tokens, and {count} are wanted: give more text, or ask for "
-            "fewer or shorter windows"
+            f"the texts give {len(found)} windows of {tokens} tokens, and {count} are wanted: give more text, or ask "
+            "for fewer or shorter windows"
         )
     chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
     return torch.tensor([found[index] for index in chosen.tolist()])
@@ -98,7 +98,7 @@ def framed(ids: Int[Tensor, "texts tokens"], tokenizer: PreTrainedTokenizerBase)
 def alike(
     natural: Int[Tensor, "texts tokens"], kind: Tokens, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> Int[Tensor, "texts tokens"]:
-    """As many tokens of another kind: uniform over the vocabulary without special tokens, or one such token repeated."""
+    """As many tokens of another kind: drawn from the vocabulary without special tokens, or one of it repeated."""
     if kind == "natural":
         return natural
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

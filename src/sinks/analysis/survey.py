@@ -12,16 +12,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinks.analysis import entropy, interventions, massive, mixing, repetition, semantics, sink_rate
-from sinks.analysis.entropy import Entropy
+from sinks.analysis.causes import interventions
+from sinks.analysis.causes.interventions import Interventions
 from sinks.analysis.findings import Finding, findings
 from sinks.analysis.inputs import Condition, bos_of, dressed, framed, windows
-from sinks.analysis.interventions import Interventions
-from sinks.analysis.massive import Massive
-from sinks.analysis.mixing import Mixing
-from sinks.analysis.repetition import Repetition
-from sinks.analysis.semantics import Semantics
-from sinks.analysis.sink_rate import SinkRates
+from sinks.analysis.measures import entropy, massive, mixing, repetition, semantics, sink_rate
+from sinks.analysis.measures.entropy import Entropy
+from sinks.analysis.measures.massive import Massive
+from sinks.analysis.measures.mixing import Mixing
+from sinks.analysis.measures.repetition import Repetition
+from sinks.analysis.measures.semantics import Semantics
+from sinks.analysis.measures.sink_rate import SinkRates
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.models.attach import attach
 from sinks.models.families import describe
@@ -268,9 +269,12 @@ def measure_encoder(
 def encoder_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: SurveySettings
 ) -> dict[Condition, Int[Tensor, "texts tokens"]]:
-    """What an encoder of text is shown: windows of the texts, bare, and between class token and separator."""
+    """What an encoder of text is shown: windows, between class token and separator if it has them, and bare."""
     natural = windows(tokenizer, texts, settings.tokens, settings.texts, settings.seed)
-    return {Condition("natural", "framed"): framed(natural, tokenizer), Condition("natural", "none"): natural}
+    bare = {Condition("natural", "none"): natural}
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        return bare
+    return {Condition("natural", "framed"): framed(natural, tokenizer)} | bare
 
 
 @dataclass(frozen=True, eq=False)

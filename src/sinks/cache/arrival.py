@@ -113,9 +113,8 @@ class Block:
             return None
         key = (id(slopes), dtype)
         if key not in self._memo:
-            self._memo[key] = block_bias(
-                self.positions, self.key_positions, sinks=self.plan.sinks, window=self.plan.window, slopes=slopes, dtype=dtype
-            )
+            seen = {"sinks": self.plan.sinks, "window": self.plan.window}
+            self._memo[key] = block_bias(self.positions, self.key_positions, **seen, slopes=slopes, dtype=dtype)
         return self._memo[key]  # type: ignore[return-value]
 
 

@@ -12,13 +12,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
-from sinks.errors import CacheError, NotAttached, UnsupportedOption
+from sinks.errors import CacheError, InvalidInput, NotAttached, UnsupportedOption
 from sinks.kernels.chunked import attend_block
 from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.phase import rotate, table_dtype
 from sinks.kernels.scoring import Scoring
 from sinks.kernels.written import attend_arrival
-
 
 Observed = tuple[int, Sequence[Lens]] | None
 """The number of this layer, and the lenses that look at its attention; None: nobody looks."""
@@ -62,10 +61,10 @@ class Ring(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         with torch.no_grad():
-            parts = [
-                self._attend_block(*(each[:, :, block.columns] for each in (query, key, value)), block, scoring, observed)
-                for block in blocks
-            ]
+            parts = []
+            for block in blocks:
+                heads = (each[:, :, block.columns] for each in (query, key, value))
+                parts.append(self._attend_block(*heads, block, scoring, observed))
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
@@ -118,6 +117,14 @@ class Ring(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(held.nbytes for held in self.held) if self.is_initialized else 0
+
+    def adopt(self, keys: Tensor, values: Tensor, columns_fed: int) -> None:
+        """Take over slots that an equal ring held; they become this ring's own memory."""
+        for held in (keys, values):
+            if held.ndim != 4 or held.shape[:3] != keys.shape[:3] or held.shape[2] != self.plan.capacity:
+                raise InvalidInput(f"slots of shape {list(held.shape)} do not fit a ring of {self.plan.capacity}")
+        self.keys, self.values, self.columns_fed = keys, values, columns_fed
+        self.is_initialized = True
 
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of the present row `rows[i]`."""

@@ -123,11 +123,11 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     from sinks.cache.cache import SinkCache
     from sinks.evals.arms import contenders
     from sinks.evals.compare import compare
-    from sinks.reading.memory import meter_for
-    from sinks.reading.tokens import cut, stream_ids
     from sinks.models.attach import attach
     from sinks.models.load import load
+    from sinks.reading.memory import meter_for
     from sinks.reading.provenance import machine, now, versions
+    from sinks.reading.tokens import cut, stream_ids
 
     text = read_text(flags.text or DEFAULT_TEXT)
     loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)

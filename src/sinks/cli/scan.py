@@ -28,8 +28,8 @@ class Flags:
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Names, Hub ids, folders or GGUF files; by default the built-in model. Encoders (minilm-l6) and vision "
-            "transformers (dinov2-small) too. A survey.json, or the folder of one, is read and not measured again.",
+            help="Names, Hub ids, folders or GGUF files; by default the built-in model. Encoders (minilm-l6) and "
+            "vision transformers (dinov2-small) too. A survey.json, or its folder, is read and not measured again.",
             show_default=False,
         ),
     ] = None
@@ -41,9 +41,9 @@ class Flags:
         list[str] | None,
         typer.Option(help="A picture for vision transformers; may be given more than once. By default photographs."),
     ] = None
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, and no heads one by one: a fifth of the time.")] = (
-        False
-    )
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer texts, and no heads one by one: a fifth of the time.")
+    ] = False
     parts: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +124,8 @@ def settings_of(flags: Flags) -> "SurveySettings":
     if flags.quick:
         settings = settings.quick()
     given = {"texts": flags.texts, "long_tokens": flags.context}
+    if flags.context is not None:  # as many tokens in all, but at least one text
+        given["long_texts"] = max(1, settings.long_texts * settings.long_tokens // max(flags.context, 1))
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -6,7 +6,7 @@ block is gone. Lenses are plain records of functions, so they are stacked by put
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -72,14 +72,17 @@ class Sight:
         return self.scores.amax(dim=-1) - self.maximum.log()
 
     @cached_property
+    def finite(self) -> Float[Tensor, "batch heads queries keys"]:
+        """Scores for sums of weight times score: what is not seen has weight 0, and 0 times -inf would be NaN."""
+        return self.scores.clamp(min=torch.finfo(self.scores.dtype).min)
+
+    @cached_property
     def entropy(self) -> Float[Tensor, "batch heads queries"]:
         """-sum p log p, nats; a sink logit's share is one more outcome."""
         if self.bent or self.logit_mass is not None:
             found = torch.special.entr(self.weights).sum(dim=-1)
             return found if self.logit_mass is None else found + torch.special.entr(self.logit_mass)
-        # log p = s - log_sum_exp, so one product does: measures of a weight of exactly 0 must not be 0 times -inf.
-        seen = self.scores.clamp(min=torch.finfo(self.scores.dtype).min)
-        return (self.log_sum_exp - torch.linalg.vecdot(self.weights, seen)).clamp_(min=0)
+        return (self.log_sum_exp - torch.linalg.vecdot(self.weights, self.finite)).clamp_(min=0)
 
     @cached_property
     def visible(self) -> Int[Tensor, "batch some_heads queries"]:
@@ -124,6 +127,14 @@ class Lens:
     bend_scores: Callable[[View, Tensor], Tensor] | None = None
     bend_weights: Callable[[View, Tensor], Tensor] | None = None
     see: Callable[[Sight], None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A block, and the lenses that are on it."""
+
+    view: View
+    lenses: Sequence[Lens]
 
 
 ADDED = -2

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinks.kernels.lens import ADDED, Arrival, Lens, Sight, View
+from sinks.kernels.lens import ADDED, Arrival, Lens, Look, Sight, View
 from sinks.kernels.phase import table_dtype
 from sinks.kernels.scoring import Scoring
 
@@ -60,12 +60,11 @@ def attend_through(
     sinks: int,
     bias: Float[Tensor, "#batch some_heads queries keys"] | None,
     scoring: Scoring,
-    lenses: Sequence[Lens],
-    view: View,
+    look: Look,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """What `chunked.attend_block` returns, seen and bent by `lenses`; a few heads at a time, at least in float32."""
-    wide = table_dtype(recent_query.dtype)
-    keys, values, bias, view = _with_added(keys.to(wide), values.to(wide), bias, lenses, view)
+    """What `chunked.attend_block` returns, seen and bent by lenses; a few heads at a time, at least in float32."""
+    wide, lenses = table_dtype(recent_query.dtype), look.lenses
+    keys, values, bias, view = _with_added(keys.to(wide), values.to(wide), bias, look)
     parts = []
     for heads in head_ranges(recent_query, keys):
         few = view.of(heads)
@@ -101,10 +100,11 @@ def _bend(
 
 
 def _with_added(
-    keys: Tensor, values: Tensor, bias: Tensor | None, lenses: Sequence[Lens], view: View
+    keys: Tensor, values: Tensor, bias: Tensor | None, look: Look
 ) -> tuple[Tensor, Tensor, Tensor | None, View]:
     """The keys and values that lenses add, behind the others, in sight of every query."""
-    for lens in lenses:
+    view = look.view
+    for lens in look.lenses:
         added = None if lens.add is None else lens.add(view.layer)
         if added is None:
             continue
@@ -149,7 +149,7 @@ def attend_arrival(
         if lens.arrive is not None:
             lens.arrive(arrival)
     return attend_through(
-        arrival.query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring, lenses=lenses, view=view
+        arrival.query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring, look=Look(view, lenses)
     )
 
 
@@ -191,14 +191,11 @@ def attend_dense(
         # A row that sees nothing is a pad's: zeros instead of NaN, and nobody reads it.
         hidden = ~(seen | ~seen.any(dim=-1, keepdim=True))
         bias = torch.zeros_like(hidden, dtype=table_dtype(query.dtype)).masked_fill_(hidden, -torch.inf)
-        view = View(
-            layer, range(heads), heads // kv_heads, meeting.queries[:, begin:end], meeting.keys[:, reach]
-        )  # fmt: skip
+        here = (meeting.queries[:, begin:end], meeting.keys[:, reach])
+        look = Look(View(layer, range(heads), heads // kv_heads, *here), lenses)
         part = query[:, :, begin:end]
-        blocks.append(
-            attend_through(
-                part, part, key[:, :, reach], value[:, :, reach],
-                sinks=0, bias=bias, scoring=scoring, lenses=lenses, view=view,
-            )
+        out = attend_through(
+            part, part, key[:, :, reach], value[:, :, reach], sinks=0, bias=bias, scoring=scoring, look=look
         )  # fmt: skip
+        blocks.append(out)
     return torch.cat(blocks, dim=2)

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinks.analysis.estimate import Estimate, estimate
 from sinks.analysis.inputs import MOVED_TO, Condition, alike, bos_of, dressed
 from sinks.analysis.probe import probe, read
 from sinks.kernels.lens import Sight
+from sinks.reading.estimate import Estimate, estimate
 from sinks.types import Listener, Stage, ignore, unwatched
 
 EPSILON = 0.3

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinks.analysis.edits import (
+from sinks.analysis.causes.edits import (
     add_keys,
     bias_scores,
     inserted,

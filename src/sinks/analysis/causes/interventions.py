@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinks.analysis.edits import scaled
-from sinks.analysis.estimate import Estimate, estimate, exponential
+from sinks.analysis.causes.edits import scaled
+from sinks.analysis.causes.trials import Bench, Spot, Trial, known, others
 from sinks.analysis.inputs import dressed
 from sinks.analysis.probe import probe
-from sinks.analysis.trials import Bench, Spot, Trial, known, others
 from sinks.errors import InvalidInput, TextTooShort, UnsupportedOption
 from sinks.kernels.lens import Lens, Sight, View
 from sinks.models.observe import blocks_of, observe
+from sinks.reading.estimate import Estimate, estimate, exponential
 from sinks.reading.perplexity import surprise
 from sinks.types import Listener, Stage, unwatched
 

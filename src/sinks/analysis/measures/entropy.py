@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sinks.analysis.estimate import ratio_of_means
 from sinks.analysis.probe import probe, read
 from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, TextTooShort
 from sinks.kernels.lens import Sight
 from sinks.models.families import base_of
 from sinks.models.observe import blocks_of
+from sinks.reading.estimate import ratio_of_means
 from sinks.types import Listener, Stage, unwatched
 
 KINDS = ("sink", "previous", "local", "induction", "uniform", "mixed")
@@ -248,10 +248,15 @@ class _Rows:
 
     def __init__(self, sight: Sight, sink: Int[Tensor, " sinks"]) -> None:
         self._sight = sight
-        is_sink = torch.isin(sight.view.keys, sink.to(sight.view.keys.device))
-        self.rest = sight.weights.masked_fill(is_sink[:, None, None], 0) if bool(is_sink.any()) else sight.weights
-        """Weights without the sinks'."""
-        on_keys = (sight.weights @ is_sink.to(sight.weights.dtype)[:, None, :, None])[..., 0].double()
+        keys, few = sight.view.keys, len(sink)
+        sink = sink.to(keys.device)
+        if few < keys.shape[1] and bool((keys[:, :few] == sink).all()):  # slices: no copy of anything
+            on_keys, self._first = sight.weights[..., :few].sum(dim=-1).double(), few
+            self.rest = sight.weights[..., few:]
+        else:
+            is_sink = torch.isin(keys, sink)
+            on_keys, self._first = (sight.weights @ is_sink.to(sight.weights)[:, None, :, None])[..., 0].double(), 0
+            self.rest = sight.weights.masked_fill(is_sink[:, None, None], 0) if bool(is_sink.any()) else sight.weights
         self.logit_mass = 0.0 if sight.logit_mass is None else sight.logit_mass.double()
         self.sink_mass = on_keys + self.logit_mass
         self.left = self.rest.sum(dim=-1).double()
@@ -277,8 +282,8 @@ class _Rows:
         if self._sight.bent:
             found = self.left.log() + torch.special.entr(self.rest).sum(dim=-1).double() / self.left
         else:
-            seen = self._sight.scores.clamp(min=torch.finfo(self._sight.scores.dtype).min)
-            mean_score = torch.linalg.vecdot(self.rest, seen).double() / self.left
+            scores = self._sight.finite[..., self._first :]
+            mean_score = torch.linalg.vecdot(self.rest, scores).double() / self.left
             found = self._sight.log_sum_exp.double() + self.left.log() - mean_score
         return torch.where(self.left > 0, found.clamp(min=0), torch.nan)
 
@@ -294,7 +299,7 @@ class _Rows:
 
     @cached_property
     def _distance(self) -> Int[Tensor, "batch queries keys"]:
-        return self._sight.view.queries[:, :, None] - self._sight.view.keys[:, None, :]
+        return self._sight.view.queries[:, :, None] - self._sight.view.keys[:, None, self._first :]
 
     def _on(self, columns: Tensor) -> Tensor:
         return torch.linalg.vecdot(self.rest, columns[:, None].to(self.rest.dtype)).double()

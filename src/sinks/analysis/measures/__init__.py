@@ -1,0 +1,1 @@
+"""What is measured: sink rates, massive activations, entropy, mixing, meaning, repetition; one file each."""
