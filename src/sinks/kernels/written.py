@@ -14,10 +14,10 @@ from sinks.kernels.phase import table_dtype
 from sinks.kernels.scoring import Scoring
 
 QUERIES = 128
-"""Queries of a block: on a CPU, the scores of one head against some thousand keys then stay in its cache."""
+"""Least queries of a block: on a CPU, the scores of one head against some thousand keys then stay in its cache."""
 
 ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Scores written out at a time."""
+"""Scores written out at a time. On a GPU a block should be large: each costs a few dozen launches."""
 
 
 def scores_of(
@@ -121,10 +121,13 @@ def head_ranges(query: Tensor, keys: Tensor) -> Iterator[range]:
     """Query heads in runs whose scores fit `ELEMENTS`: whole groups that share a key head, or one head at a time."""
     heads, group = query.shape[1], query.shape[1] // keys.shape[1]
     each = query.shape[0] * query.shape[2] * keys.shape[2]
-    fit = ELEMENTS.get(query.device.type, ELEMENTS["cuda"]) // each
-    size = max(fit // group * group, 1)
+    size = max(_fit(query) // each // group * group, 1)
     for start in range(0, heads, size):
         yield range(start, min(start + size, heads))
+
+
+def _fit(query: Tensor) -> int:
+    return ELEMENTS.get(query.device.type, ELEMENTS["cuda"])
 
 
 def _of_heads(bias: Tensor | None, part: slice) -> Tensor | None:
@@ -181,9 +184,10 @@ def attend_dense(
     for lens in lenses:
         if lens.arrive is not None:
             lens.arrive(Arrival(layer, meeting.queries, query, key[:, :, new], value[:, :, new]))
+    rows = max(QUERIES, 0 if query.device.type == "cpu" else _fit(query) // (len(query) * heads * key.shape[2]))
     blocks = []
-    for begin in range(0, queries, QUERIES):
-        end = min(begin + QUERIES, queries)
+    for begin in range(0, queries, rows):
+        end = min(begin + rows, queries)
         seen = meeting.visible(begin, end)
         some = seen.any(dim=2).flatten(0, 1).any(dim=0).nonzero()
         reach = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 1)
