@@ -8,7 +8,11 @@
     ├── UnsupportedOption       the model can stream, but not with this option
     ├── CacheError              a cache is used where it does not belong
     │   ├── NotAttached         `attach(model)` was not called
-    │   └── BrokenCache         an earlier forward failed half-way
+    │   ├── BrokenCache         an earlier forward failed half-way
+    │   └── SnapshotError       a saved stream cannot be written or taken up again
+    │       ├── DamagedSnapshot     the file is not what was written
+    │       ├── OtherVersion        it was written in another format
+    │       └── OtherModel          it belongs to another model
     └── AssetError              a model or text could not be had
         ├── UnknownName         no such model or text
         ├── FetchError          the download failed
@@ -53,6 +57,22 @@ class NotAttached(CacheError):
 
 class BrokenCache(CacheError):
     """An earlier forward pass failed half-way, so this cache no longer holds one moment of the stream."""
+
+
+class SnapshotError(CacheError):
+    """A saved stream cannot be written, found or taken up again."""
+
+
+class DamagedSnapshot(SnapshotError):
+    """The file is not what was written: cut short, too long, changed, or never a snapshot."""
+
+
+class OtherVersion(SnapshotError):
+    """The snapshot was written in a format that this version of `sinks` does not read."""
+
+
+class OtherModel(SnapshotError):
+    """The snapshot holds keys of another model, or of the same one with other weights or another data type."""
 
 
 class AssetError(SinksError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,50 @@ class SinkCache(Cache):
         self._seen = arrival.seen_after
         for ring in self.rings:
             ring.columns_fed += arrival.columns
+
+    # What may be copied and put away
+
+    def fork(self) -> SinkCache:
+        """Another cache at the same moment of the same stream; from here on each goes its own way, sharing nothing."""
+        owner = self._owner()
+        if owner is None:
+            raise CacheError("the model of this SinkCache is gone")
+        twin = SinkCache(self._scheme, self.plan, owner, self.start)
+        twin.adopt({name: held.clone() for name, held in self.dump().items()})
+        return twin
+
+    def dump(self) -> dict[str, Tensor]:
+        """All that this cache holds, by name: its own tensors, not copies. It has keys and values only once fed."""
+        if self._broken or self._arrival is not None:
+            raise BrokenCache("an earlier forward pass failed half-way: this cache holds no moment of the stream")
+        fed = [ring.columns_fed for ring in self.rings]
+        offsets = [-1 if offset is None else offset for offset in self._offsets]
+        counts = {"seen": self._seen, "offsets": offsets, "columns": fed}
+        held = {f"cache.{name}": torch.tensor(values, dtype=torch.int64) for name, values in counts.items()}
+        for layer, ring in enumerate(self.rings):
+            if ring.is_initialized:
+                held[f"keys.{layer}"], held[f"values.{layer}"] = ring.held
+        return held
+
+    def adopt(self, held: Mapping[str, Tensor]) -> None:
+        """Become what `dump` gave of a cache of the same model and sizes. The tensors become this cache's own memory.
+
+        Raises InvalidInput where they do not fit; this cache is then as `reset` leaves it.
+        """
+        self.reset()
+        try:
+            seen, offsets, columns = (held[f"cache.{name}"].tolist() for name in ("seen", "offsets", "columns"))
+            if len(offsets) != len(seen) or len(columns) != len(self.rings) or min([*seen, *columns], default=0) < 0:
+                raise InvalidInput("its counts of rows, layers or tokens do not agree")
+            for layer, ring in enumerate(self.rings if seen else ()):
+                keys, values = held[f"keys.{layer}"], held[f"values.{layer}"]
+                if len(keys) != len(seen):
+                    raise InvalidInput(f"layer {layer} holds {len(keys)} rows where {len(seen)} are counted")
+                ring.adopt(keys, values, columns[layer])
+        except (KeyError, InvalidInput) as error:
+            self.reset()
+            raise InvalidInput(f"these tensors are no state of this SinkCache: {error}") from error
+        self._seen, self._offsets = seen, [None if offset < 0 else offset for offset in offsets]
 
     # What transformers asks of a cache
 

@@ -1,0 +1,184 @@
+"""One moment of a stream as one file: written whole or not at all, read whole or refused.
+
+The file is safetensors. Everything that changes from token to token is a tensor of fixed shape, so the file of a stream
+that has been read from has one size for ever. Its metadata name the format version, the model's fingerprint, the sizes,
+and a SHA-256 over every byte of the file (with the digest itself written as zeros).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sinks.cache.cache import SinkCache
+from sinks.errors import DamagedSnapshot, OtherModel, OtherVersion, SnapshotError
+
+VERSION = 1
+FORMAT = "sinks.snapshot"
+CHUNK = 1 << 23
+"""Bytes written, and hashed, at a time."""
+
+_LONGEST_HEADER = 1 << 22
+_NO_DIGEST = b"0" * 64
+_DIGEST_KEY = b'"checksum":"'
+_OWN = ("keys.", "values.", "cache.")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the beginning of a snapshot says about the rest. `digest_at` is where its checksum stands in the file."""
+
+    metadata: Mapping[str, str]
+    size: int
+    digest_at: int
+
+
+def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras: Mapping[str, Tensor]) -> None:
+    """Save `cache`, and tensors that belong beside it, as `path`.
+
+    `model_print` is the `fingerprint` of the cache's model. Whatever happens on the way, `path` afterwards holds either
+    what it held before or the whole new file: it is written beside `path`, made durable, and renamed. A process killed
+    in between leaves a file `.NAME.*.saving` behind, which may be deleted.
+
+    Raises SnapshotError if the folder cannot be written to, BrokenCache if a forward pass failed half-way.
+    """
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": model_print,
+        "sinks": str(cache.sinks),
+        "window": str(cache.window),
+        "start": str(cache.start),
+        "checksum": _NO_DIGEST.decode(),
+    }
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in (cache.dump() | dict(extras)).items()}
+    data = safetensors.torch.save(held, metadata)
+    at = data.index(_DIGEST_KEY + _NO_DIGEST) + len(_DIGEST_KEY)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    view = memoryview(data)
+    try:
+        _replace(path, [view[:at], memoryview(digest), view[at + len(digest) :]])
+    except OSError as error:
+        raise SnapshotError(
+            f"{path} cannot be written ({error.strerror or error}): what it held before is untouched; "
+            "choose a folder with room that you may write to"
+        ) from error
+
+
+def _replace(path: Path, parts: list[memoryview]) -> None:
+    """Put a file with these bytes in the place of `path`, durably and in one step."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent)
+    try:
+        try:
+            for part in parts:
+                while part:
+                    part = part[os.write(handle, part[:CHUNK]) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name durable too, where a system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) -> tuple[SinkCache, dict[str, Tensor]]:
+    """The cache saved as `path`, as a new one for `model`, and the tensors that were saved beside it, on the CPU.
+
+    No tensor is made before the whole file is known to be what was written, for this model.
+
+    Raises SnapshotError if there is no such file, DamagedSnapshot, OtherVersion or OtherModel if it cannot be taken up.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header = read_header(path, file)
+            _check_digest(path, file, header)
+            if header.metadata.get("model") != model_print:
+                raise OtherModel(
+                    f"{path} was saved from another model, or from other weights or another data type of this one: "
+                    "open the model that it was saved from"
+                )
+            file.seek(0)
+            held = safetensors.torch.load(file.read())
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read ({error.strerror or error}): give a saved session") from error
+    except SafetensorError as error:
+        _refuse(path, f"its tensors do not agree with its header: {error}")
+    try:
+        sizes = {name: int(header.metadata[name]) for name in ("sinks", "window", "start")}
+        cache = SinkCache.for_model(model, **sizes)
+        cache.adopt({name: held.pop(name).to(model.device) for name in list(held) if name.startswith(_OWN)})
+    except (KeyError, ValueError) as error:  # InvalidInput is a ValueError
+        _refuse(path, f"what it holds is no stream of this model: {error}")
+    return cache, held
+
+
+def read_header(path: Path, file: BinaryIO) -> Header:
+    """Read and check the beginning of a snapshot: its format, its version, and that the file is as long as it says."""
+    actual = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(actual - 8, _LONGEST_HEADER):
+        _refuse(path, "it has no safetensors header, or was cut short inside it")
+    raw = file.read(length)
+    try:
+        described: Any = json.loads(raw)
+        metadata = described.pop("__metadata__")
+        size = 8 + length + max((int(each["data_offsets"][1]) for each in described.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        _refuse(path, "its header is no header of a saved session")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        _refuse(path, "its header is no header of a saved session")
+    if metadata.get("version") != str(VERSION):
+        raise OtherVersion(
+            f"{path} is in format version {metadata.get('version')!r}, and this version of sinks reads {VERSION}: "
+            "use the version of sinks that wrote it"
+        )
+    if actual != size:
+        what = "cut short" if actual < size else "longer than what was written"
+        _refuse(path, f"it is {what}: {actual:,} bytes, and its header asks for {size:,}")
+    at = raw.find(_DIGEST_KEY)
+    if at < 0:
+        _refuse(path, "it has no checksum")
+    return Header(metadata, size, 8 + at + len(_DIGEST_KEY))
+
+
+def _check_digest(path: Path, file: BinaryIO, header: Header) -> None:
+    """Compare the checksum with that of every byte of the file, in constant memory."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    digest.update(file.read(header.digest_at))
+    told = file.read(len(_NO_DIGEST))
+    digest.update(_NO_DIGEST)
+    while part := file.read(CHUNK):
+        digest.update(part)
+    if told != digest.hexdigest().encode():
+        _refuse(path, "its checksum does not agree with its content")
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    raise DamagedSnapshot(f"{path} cannot be taken up again: {why}. Use an older snapshot, or begin a new session")

@@ -1,0 +1,1 @@
+"""Runs a stream: text in, text out, for ever, at constant memory."""

@@ -1,0 +1,89 @@
+"""What a session begins with: a model, and sizes, which a short reading may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sinks.assets.texts import read_text
+from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from sinks.errors import InvalidInput
+from sinks.models.attach import attach
+from sinks.models.families import describe
+from sinks.models.load import Loaded, load
+from sinks.reading.advice import Advice, AdviceSettings, advise
+from sinks.reading.tokens import stream_ids
+
+Sinks = int | Literal["auto"]
+
+COUNTS = (0, 1, 2, 4, 8)
+CAPACITIES = (128, 256, 512)
+COMPARED = 512
+"""Tokens compared after the longest window has overflowed: enough to tell windows apart by 5 %."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many sinks and how long a window, and the advice that chose them, if it was asked."""
+
+    sinks: int
+    window: int
+    advice: Advice | None = None
+
+
+def loaded_from(
+    model: Loaded | str | Path | None, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Loaded:
+    """The model by name (None: the built-in one), or as it was loaded, attached."""
+    if isinstance(model, Loaded):
+        if device is not None or dtype is not None:
+            raise InvalidInput("a loaded model has its device and its data type: give them to load() instead")
+        loaded = model
+    else:
+        loaded = load(model, device="cpu" if device is None else device, dtype="float32" if dtype is None else dtype)
+    attach(loaded.model)
+    return loaded
+
+
+def sizes_for(loaded: Loaded, sinks: Sinks, window: int | None, text: str | None) -> Sizes:
+    """The sizes as given, with what is "auto" or None filled in."""
+    if sinks != "auto":
+        if text is not None:
+            raise InvalidInput('advice_text is read only where sinks="auto"')
+        return Sizes(sinks, DEFAULT_WINDOW if window is None else window)
+    advice = advised(loaded, window, read_text().text if text is None else text)
+    return Sizes(advice.sinks, advice.window if window is None else window, advice)
+
+
+def advised(loaded: Loaded, window: int | None, text: str) -> Advice:
+    """Advice from a short reading of `text`: tens of seconds on a CPU.
+
+    With a `window` given, only sinks are chosen, at that many keys, or at 256 where it is longer: whether the first
+    tokens are missed does not depend on how long the window behind them is.
+    """
+    trained = describe(loaded.model).trained_length
+    capacities = [each for each in CAPACITIES if trained is None or each <= trained] or [trained or CAPACITIES[0]]
+    if window is not None:
+        capacities = [min(window + DEFAULT_SINKS, 256, trained or 256)]
+    capacity = sorted(capacities)[len(capacities) // 2]
+    settings = AdviceSettings(
+        capacity=capacity,
+        counts=tuple(count for count in COUNTS if count < min(capacities)),
+        capacities=tuple(capacities),
+        tokens=max(capacities) + 1 + COMPARED,
+    )
+    # Tokenizing a little more than is read is enough, and a book takes seconds.
+    ids, _ = stream_ids(loaded.tokenizer, text[: 16 * settings.tokens])
+    return advise(loaded.model, torch.tensor(ids), settings)
+
+
+def ends_of(loaded: Loaded) -> frozenset[int]:
+    """The tokens that end an answer: those of the generation settings and the tokenizer's own."""
+    settings: Any = loaded.model.generation_config
+    ends = getattr(settings, "eos_token_id", None)
+    found = {*(ends if isinstance(ends, list | tuple) else [ends])}
+    own: Any = loaded.tokenizer.eos_token_id
+    return frozenset(token for token in [*found, own] if isinstance(token, int))

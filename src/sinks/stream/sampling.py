@@ -1,0 +1,170 @@
+"""From logits to a token: what `transformers` applies, in its order, over a history that is bounded.
+
+Order of application, that of `GenerationMixin._get_logits_processor` (transformers 5.23): logit bias, repetition
+penalty, presence penalty (which transformers lacks; as OpenAI and vLLM define it), then, when sampling, temperature,
+top-k, top-p, min-p. Every filter sees what the one before it left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinks.errors import InvalidInput, UnsupportedOption
+
+COLDEST = 1e-4
+"""Colder than this, logits divided by the temperature could overflow; 0 says greedy."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; with nothing said, the likeliest (greedy).
+
+    temperature: 0 is greedy; larger is flatter. The three filters below act only when it is above 0.
+    top_k: only the k likeliest tokens (0: all). Ties with the k-th stay.
+    top_p: only the likeliest tokens that together reach this probability (1: all).
+    min_p: only tokens at least this fraction as probable as the likeliest (0: all).
+    repetition_penalty: logits of tokens of the history are divided by it where positive, multiplied where negative
+        (CTRL, arXiv 1909.05858); 1 is none.
+    presence_penalty: subtracted from the logit of each token of the history, once; 0 is none.
+    history: how many of the newest visible tokens, prompt and answer alike, the two penalties look at.
+    seed: begins the random numbers anew with each answer; None goes on with those of the session.
+    logit_bias: added to the logits of these token ids; minus infinity forbids one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    history: int = 256
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        wrong = [name for name, allowed in self._allowed().items() if not allowed]
+        if wrong:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            raise InvalidInput(
+                f"{given}: give a temperature of 0 or at least {COLDEST}, whole top_k >= 0, 0 < top_p <= 1, "
+                "0 <= min_p <= 1, repetition_penalty > 0, a finite presence_penalty, whole history >= 0, a seed of 0 "
+                "to 2^63 - 1 or None, and a logit_bias from token ids to finite numbers or -inf"
+            )
+
+    def _allowed(self) -> dict[str, bool]:
+        bias = self.logit_bias.items()
+        return {
+            "temperature": _is_number(self.temperature) and (self.temperature == 0 or self.temperature >= COLDEST),
+            "top_k": _is_whole(self.top_k),
+            "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "min_p": _is_number(self.min_p) and 0 <= self.min_p <= 1,
+            "repetition_penalty": _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "presence_penalty": _is_number(self.presence_penalty),
+            "history": _is_whole(self.history),
+            "seed": self.seed is None or (_is_whole(self.seed) and self.seed < 2**63),
+            "logit_bias": all(_is_whole(token) and (_is_number(value) or value == -math.inf) for token, value in bias),
+        }
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0
+
+    @property
+    def lookback(self) -> int:
+        """How many tokens of history this sampling asks for."""
+        return self.history if self.repetition_penalty != 1 or self.presence_penalty != 0 else 0
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """Chooses the tokens of one row: the settings of one answer, and random numbers of the row's own.
+
+    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved.
+    """
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
+        self.sampling = sampling
+        self.generator = generator
+        self._bias: tuple[Tensor, Tensor] | None = None
+
+    def begin(self) -> None:
+        """Begin an answer: the random numbers begin anew where the settings give a seed."""
+        if self.sampling.seed is not None:
+            self.generator.manual_seed(self.sampling.seed)
+
+    def choose(self, logits: Float[Tensor, " vocab"], history: Sequence[int] = ()) -> int:
+        """The next token after `history`, the newest tokens in order.
+
+        Raises UnsupportedOption where the model's logits are not finite or the settings leave no token.
+        """
+        scores = self.penalised(logits if logits.dtype == torch.float64 else logits.float(), history)
+        best = scores.argmax()
+        if not math.isfinite(float(scores[best])):
+            raise UnsupportedOption(
+                f"no token is left to choose: the logits are not finite in {logits.dtype}, or logit_bias forbids them "
+                "all; load the model as float32, or forbid less"
+            )
+        if self.sampling.greedy:
+            return int(best)
+        probabilities = self.filtered(scores).softmax(dim=-1).cpu()
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def penalised(self, scores: Float[Tensor, " vocab"], history: Sequence[int]) -> Float[Tensor, " vocab"]:
+        """Logits after bias and penalties; `scores` itself is left alone."""
+        sampling = self.sampling
+        if sampling.logit_bias:
+            tokens, values = self._bias_for(scores)
+            scores = scores.index_add(0, tokens, values)
+        recent = sorted({token for token in history[max(0, len(history) - sampling.history) :] if token < len(scores)})
+        if not recent or not sampling.lookback:
+            return scores
+        chosen = torch.tensor(recent, device=scores.device)
+        found = scores[chosen]
+        penalty = sampling.repetition_penalty
+        found = torch.where(found < 0, found * penalty, found / penalty) - sampling.presence_penalty
+        return scores.index_copy(0, chosen, found)
+
+    def filtered(self, scores: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
+        """Logits at this temperature, minus infinity where a filter has taken a token out."""
+        sampling = self.sampling
+        scores = scores / sampling.temperature
+        if sampling.top_k:
+            least = scores.topk(min(sampling.top_k, len(scores))).values[-1]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if sampling.top_p < 1:
+            ascending, order = scores.sort()
+            out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+            out[-1] = False  # the likeliest always stays
+            scores = scores.masked_fill(torch.zeros_like(out).scatter(0, order, out), -math.inf)
+        if sampling.min_p > 0:
+            probabilities = scores.softmax(dim=-1)
+            scores = scores.masked_fill(probabilities < sampling.min_p * probabilities.max(), -math.inf)
+        return scores
+
+    def _bias_for(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The biased tokens and their bias, beside the scores; made once."""
+        if self._bias is None:
+            bias = self.sampling.logit_bias
+            if max(bias) >= len(scores):
+                raise InvalidInput(f"logit_bias names token {max(bias)}, and this model has {len(scores)} tokens")
+            values = torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
+            self._bias = torch.tensor(list(bias), device=scores.device), values
+        return self._bias
