@@ -26,12 +26,12 @@ from transformers.cache_utils import Cache
 from sinks.assets.texts import read_text
 from sinks.cache.cache import SinkCache
 from sinks.evals.compare import warm_up
-from sinks.reading.memory import meter_for, watch
-from sinks.reading.perplexity import score, surprise
-from sinks.reading.tokens import stream_ids
 from sinks.models.attach import attach
 from sinks.models.load import load
+from sinks.reading.memory import meter_for, watch
+from sinks.reading.perplexity import score, surprise
 from sinks.reading.provenance import machine, now, versions
+from sinks.reading.tokens import stream_ids
 
 SIZES = ((4, 252), (4, 1020))
 """Sinks and window."""

@@ -98,7 +98,8 @@ def sight_of(scores: Tensor, bent: bool = False) -> Sight:
     places = torch.arange(keys).expand(batch, -1)
     view = View(0, range(heads), 1, places[:, keys - queries :], places)
     query, key = (torch.zeros(batch, heads, count, 2) for count in (queries, keys))
-    return Sight(view, scores, scores.softmax(dim=-1), None, bent, query, key, key)
+    visible = (scores > -torch.inf).sum(dim=-1)
+    return Sight(view, scores, scores.softmax(dim=-1), None, bent, 0, visible, query, key, key)
 
 
 @pytest.mark.parametrize("bent", [False, True])

@@ -20,7 +20,10 @@ README = (ROOT / "README.md").read_text()
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
-SMALL = {"compare": {"--tokens": "300", "--window": "60", "--samples": "4"}}
+SMALL = {
+    "compare": {"--tokens": "300", "--window": "60", "--samples": "4"},
+    "scan": {"--parts": "sink_rates", "--texts": "4", "--context": "64"},
+}
 """What stands in for the sizes of a command; a command listed here needs the built-in model."""
 
 NOT_RUN: dict[str, str] = {}

@@ -63,7 +63,8 @@ class Ring(CacheLayerMixin):
         with torch.no_grad():
             parts = []
             for block in blocks:
-                heads = (each[:, :, block.columns] for each in (query, key, value))
+                here = block.columns
+                heads = query[:, :, here], key[:, :, here], value[:, :, here]
                 parts.append(self._attend_block(*heads, block, scoring, observed))
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinks.errors import InvalidInput
 from sinks.evals.contenders import Contender, Dense, Newlines, Recompute, Sinks
-from sinks.reading.tokens import line_break
 from sinks.models.families import describe
+from sinks.reading.tokens import line_break
 
 ARMS = ("dense", "window", "recompute", "sinks", "sweep", "newlines")
 SWEEP = (0, 1, 2, 4, 8)

@@ -45,6 +45,7 @@ class Sight:
 
     `scores` are what the softmax was given, -inf where a query does not see a key. `weights` are its result after
     every lens that bends it; they sum to one, less what sink logits took (`logit_mass`). Rows of pads mean nothing.
+    Before column `open` every query sees every key; `visible` is how many each sees in all.
     `query`, `key` and `value` are the heads that met, turned; a sink's score was made with another angle of the query.
     """
 
@@ -53,6 +54,8 @@ class Sight:
     weights: Float[Tensor, "batch heads queries keys"]
     logit_mass: Float[Tensor, "batch heads queries"] | None
     bent: bool
+    open: int
+    visible: Int[Tensor, "#batch some_heads #queries"]
     query: Float[Tensor, "batch heads queries head_dim"]
     key: Float[Tensor, "batch kv_heads keys head_dim"]
     value: Float[Tensor, "batch kv_heads keys value_dim"]
@@ -71,10 +74,15 @@ class Sight:
         # The largest score and the largest weight belong to the same key, and log p = s - log_sum_exp there.
         return self.scores.amax(dim=-1) - self.maximum.log()
 
-    @cached_property
-    def finite(self) -> Float[Tensor, "batch heads queries keys"]:
-        """Scores for sums of weight times score: what is not seen has weight 0, and 0 times -inf would be NaN."""
-        return self.scores.clamp(min=torch.finfo(self.scores.dtype).min)
+    def expected_score(self, first: int = 0) -> Float[Tensor, "batch heads queries"]:
+        """sum of weight times score over the keys from column `first` on."""
+        middle = max(self.open, first)
+        # What is not seen has weight 0, and 0 times -inf would be NaN; clamping copies, so only where there is need.
+        last = self.scores[..., middle:].clamp(min=torch.finfo(self.scores.dtype).min)
+        found = torch.linalg.vecdot(self.weights[..., middle:], last)
+        if middle == first:
+            return found
+        return found + torch.linalg.vecdot(self.weights[..., first:middle], self.scores[..., first:middle])
 
     @cached_property
     def entropy(self) -> Float[Tensor, "batch heads queries"]:
@@ -82,12 +90,7 @@ class Sight:
         if self.bent or self.logit_mass is not None:
             found = torch.special.entr(self.weights).sum(dim=-1)
             return found if self.logit_mass is None else found + torch.special.entr(self.logit_mass)
-        return (self.log_sum_exp - torch.linalg.vecdot(self.weights, self.finite)).clamp_(min=0)
-
-    @cached_property
-    def visible(self) -> Int[Tensor, "batch some_heads queries"]:
-        """How many keys each query sees."""
-        return (self.scores[:, :1] > -torch.inf).sum(dim=-1)
+        return (self.log_sum_exp - self.expected_score()).clamp_(min=0)
 
     def received(self) -> Float[Tensor, "batch heads keys"]:
         """Weight that each key received from the block, summed over the queries that are no pads."""

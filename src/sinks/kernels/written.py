@@ -23,7 +23,10 @@ ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 def scores_of(
     recent_query: Tensor, sink_query: Tensor, keys: Tensor, sinks: int, bias: Tensor | None, scoring: Scoring
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """Scores of one block: scaled, capped, biased. The first `sinks` keys are met by `sink_query`."""
+    """Scores of one block: scaled, capped, biased. The first `sinks` keys are met by `sink_query`.
+
+    A bias that is shorter than the keys belongs to the last ones.
+    """
     batch, heads, queries, _ = recent_query.shape
     transposed = keys.transpose(-1, -2)
     scores = grouped(recent_query * scoring.scale, keys) @ transposed
@@ -32,7 +35,10 @@ def scores_of(
     scores = scores.view(batch, heads, queries, -1)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    return scores if bias is None else scores + bias
+    if bias is None or bias.shape[-1] == keys.shape[2]:
+        return scores if bias is None else scores + bias
+    scores[..., keys.shape[2] - bias.shape[-1] :] += bias
+    return scores
 
 
 def weights_of(
@@ -65,6 +71,9 @@ def attend_through(
     """What `chunked.attend_block` returns, seen and bent by lenses; a few heads at a time, at least in float32."""
     wide, lenses = table_dtype(recent_query.dtype), look.lenses
     keys, values, bias, view = _with_added(keys.to(wide), values.to(wide), bias, look)
+    visible, opened = _sight_of(bias, keys)
+    if bias is not None and scoring.slopes is None:
+        bias = bias[..., opened:]  # zeros before
     parts = []
     for heads in head_ranges(recent_query, keys):
         few = view.of(heads)
@@ -74,8 +83,10 @@ def attend_through(
         turned = query if sink_query is recent_query else sink_query[:, part].to(wide)
         some = scoring.of_heads(heads)
         scores = scores_of(query, turned, keys[:, kv], sinks, _of_heads(bias, part), some)
-        weights, bent = _bend(scores, some, lenses, few)
-        sight = Sight(few, *weights, bent, query, keys[:, kv], values[:, kv])
+        made, bent, hidden = _bend(scores, some, lenses, few)
+        shared = visible if visible.shape[1] == 1 else visible[:, part]
+        reach = (0, (made[0] > -torch.inf).sum(dim=-1)) if hidden else (opened, shared)
+        sight = Sight(few, *made, bent, *reach, query, keys[:, kv], values[:, kv])
         for lens in lenses:
             if lens.see is not None:
                 lens.see(sight)
@@ -86,17 +97,29 @@ def attend_through(
 
 def _bend(
     scores: Tensor, scoring: Scoring, lenses: Sequence[Lens], view: View
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], bool]:
-    """(scores, weights, share of the sink logits), and whether the weights are no longer the scores' softmax."""
-    bent = False
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], bool, bool]:
+    """(scores, weights, share of the sink logits); whether the weights are no longer the scores' softmax; whether the
+    scores are no longer the model's.
+    """
+    bent = hidden = False
     for lens in lenses:
         if lens.bend_scores is not None:
-            scores = lens.bend_scores(view, scores)
+            scores, hidden = lens.bend_scores(view, scores), True
     weights, logit_mass = weights_of(scores, scoring.sink_logits)
     for lens in lenses:
         if lens.bend_weights is not None:
             weights, bent = lens.bend_weights(view, weights), True
-    return (scores, weights, logit_mass), bent
+    return (scores, weights, logit_mass), bent, hidden
+
+
+def _sight_of(bias: Tensor | None, keys: Tensor) -> tuple[Int[Tensor, "some_batch some_heads some_queries"], int]:
+    """How many keys each query sees, and the first column that is hidden from any."""
+    count = keys.shape[2]
+    if bias is None:
+        return torch.full((1, 1, 1), count, device=keys.device), count
+    seen = bias > -torch.inf
+    everyone = seen.flatten(0, 2).all(dim=0)
+    return seen.sum(dim=-1), count if bool(everyone.all()) else int(everyone.int().argmin())
 
 
 def _with_added(

@@ -96,8 +96,8 @@ def advise(
     ids = ids[: settings.tokens].to(model.device)
     if len(ids) < settings.first_scored + 2 * SEGMENT:
         raise TextTooShort(
-            f"the text has {len(ids)} tokens, and {settings.first_scored + 2 * SEGMENT} are needed to compare windows of "
-            f"up to {settings.first_scored - 1} keys: give a longer text, or try smaller capacities"
+            f"the text has {len(ids)} tokens, and {settings.first_scored + 2 * SEGMENT} are needed to compare windows "
+            f"of up to {settings.first_scored - 1} keys: give a longer text, or try smaller capacities"
         )
     trained = describe(model).trained_length
     capacities = [each for each in settings.capacities if trained is None or each <= trained]

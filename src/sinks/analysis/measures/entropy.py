@@ -263,9 +263,22 @@ class _Rows:
         """Mass without the sinks', summed afresh: 1 - mass has no digits left where it is small."""
 
     @cached_property
+    def _expected(self) -> Tensor:
+        """Sum of weight times score without the sinks."""
+        if self._first:
+            return self._sight.expected_score(self._first).double()
+        seen = self._sight.scores.clamp(min=torch.finfo(self._sight.scores.dtype).min)
+        return torch.linalg.vecdot(self.rest, seen).double()
+
+    @cached_property
     def entropy(self) -> Tensor:
         """-sum p log p; a sink logit is one more outcome."""
-        return self._sight.entropy.double()
+        sight, few = self._sight, self._first
+        if sight.bent or sight.logit_mass is not None or not few:
+            return sight.entropy.double()
+        seen = sight.scores[..., :few].clamp(min=torch.finfo(sight.scores.dtype).min)
+        on_sinks = torch.linalg.vecdot(sight.weights[..., :few], seen).double()
+        return (sight.log_sum_exp.double() - on_sinks - self._expected).clamp(min=0)
 
     @cached_property
     def normalised(self) -> Tensor:
@@ -282,8 +295,7 @@ class _Rows:
         if self._sight.bent:
             found = self.left.log() + torch.special.entr(self.rest).sum(dim=-1).double() / self.left
         else:
-            scores = self._sight.finite[..., self._first :]
-            mean_score = torch.linalg.vecdot(self.rest, scores).double() / self.left
+            mean_score = self._expected / self.left
             found = self._sight.log_sum_exp.double() + self.left.log() - mean_score
         return torch.where(self.left > 0, found.clamp(min=0), torch.nan)
 

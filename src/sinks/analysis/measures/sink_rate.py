@@ -330,7 +330,7 @@ def sink_rate(found: Importance, condition: Condition, epsilon: float = EPSILON,
         first_four_mass=_over_texts(found.four_mass, seed),
         sink_mass=_over_texts(on_sinks, seed),
         mass_by_layer=found.sink_mass.mean(axis=(0, 2)),
-        argmax=_over_texts(lift.argmax(axis=-1) == sink, seed),
+        argmax=_over_texts(np.asarray(lift.argmax(axis=-1) == sink), seed),
     )
 
 
