@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from sinks.models.attach import attach, detach
     from sinks.models.load import load
     from sinks.report.survey import survey
+    from sinks.stream.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["SinkCache", "SinksError", "__version__", "attach", "detach", "load", "survey"]
+__all__ = ["Session", "SinkCache", "SinksError", "__version__", "attach", "detach", "load", "survey"]
 
 _HOMES = {
+    "Session": "sinks.stream.session",
     "SinkCache": "sinks.cache.cache",
     "SinksError": "sinks.errors",
     "attach": "sinks.models.attach",

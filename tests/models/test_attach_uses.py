@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -259,3 +261,13 @@ def test_attention_dropout_is_applied_or_refused(name: str) -> None:
     except UnsupportedOption:
         return
     assert not torch.equal(first, second), "in training mode two passes must differ"
+
+
+def test_an_attached_model_is_let_go_with_its_last_user():
+    model = attach(build("llama", layers=1))
+    with torch.no_grad():
+        model(tokens(5), past_key_values=SinkCache.for_model(model, sinks=1, window=3))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -135,7 +135,8 @@ def _lives(name: str, body: Massive) -> Iterator[Finding]:
         alive = body.largest[:, born:dies]
         depth = born + int(np.median(alive, axis=0).argmax())
         peak = next((one for one in body.peaks if one.depth == depth), None)
-        where = "" if peak is None else f" (position {peak.position}, dimension {peak.dim}, token {peak.token!r})"
+        token = f", token {peak.token!r}" if peak and peak.token else ""  # texts may not agree on one
+        where = "" if peak is None else f" (position {peak.position}, dimension {peak.dim}{token})"
         end = "lives to the last block" if dies == len(body.flagged) else f"is gone after block {dies - 1}"
         again = "" if number == 1 else " again"
         entry = "in the embeddings" if born == 0 else f"in block {born - 1}"

@@ -82,7 +82,7 @@ class SurveySettings:
     deep_tokens: int = 128
     mixed_texts: int = 8
     changes: int = 2
-    edited_texts: int = 48
+    edited_texts: int = 40
     heads: bool = True
     stream_tokens: int = 3072
     passages: int = 16
@@ -113,12 +113,14 @@ class SurveySettings:
             long_texts=2,
             long_tokens=min(self.long_tokens, 512),
             deep_texts=min(self.deep_texts, 8),
+            deep_tokens=min(self.deep_tokens, 96),
+            mixed_texts=min(self.mixed_texts, 4),
             changes=1,
-            edited_texts=min(self.edited_texts, 12),
+            edited_texts=min(self.edited_texts, 8),
             heads=False,
             stream_tokens=min(self.stream_tokens, 1024),
-            passages=min(self.passages, 8),
-            questions=min(self.questions, 6),
+            passages=min(self.passages, 6),
+            questions=min(self.questions, 4),
             advice=AdviceSettings(128, (0, 1, 4), (64, 128, 256), 1024),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +167,7 @@ def describe(model: PreTrainedModel) -> Scheme:
         layers=tuple(_layer(family, config, index, alibi is not None) for index in range(config.num_hidden_layers)),
         slopes=alibi,
         trained_length=None if alibi is not None else _trained_length(config),
-        rotaries=partial(_rotaries, family, base),
+        rotaries=partial(_rotaries, family, weakref.ref(base)),  # an attached model must not keep itself alive
     )
 
 
@@ -191,7 +192,10 @@ def _is_nested(config: Any) -> bool:
     return any(isinstance(value, dict) for value in parameters.values())
 
 
-def _rotaries(family: Family, base: PreTrainedModel, capacity: int) -> dict[str, Rotary]:
+def _rotaries(family: Family, model: weakref.ref[PreTrainedModel], capacity: int) -> dict[str, Rotary]:
+    base = model()
+    if base is None:
+        raise UnsupportedModel("this model is gone: describe a model that is still in use")
     config: Any = base.config
     if _slopes(family, config) is not None:
         return {}

@@ -47,7 +47,8 @@ def ratio_of_means(over: Float[np.ndarray, " texts"], under: Float[np.ndarray, "
 
 def exponential(of: Estimate) -> Estimate:
     """exp of an estimate: a mean surprise becomes a perplexity, a mean difference a ratio."""
-    return Estimate(*(float(np.exp(end)) for end in (of.value, of.low, of.high)), of.texts)
+    value, low, high = (float(np.exp(end)) for end in (of.value, of.low, of.high))
+    return Estimate(value, low, high, of.texts)
 
 
 def _draws(count: int, seed: int) -> np.ndarray:
