@@ -96,9 +96,12 @@ def test_an_encoder_is_surveyed():
     )
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"cls_token": "<c>", "sep_token": "<e>"})
-    inputs = survey.encoder_texts(tokenizer, [TEXT], SMALL)
-    found = measure_encoder(BertModel(config).eval(), inputs, SMALL, tokenizer=tokenizer)
+    model = BertModel(config).eval()
+    inputs = survey.encoder_texts(model, tokenizer, [TEXT], SMALL)
+    found = measure_encoder(model, inputs, SMALL, tokenizer=tokenizer)
     assert found.sink_rates is not None
+    model.config.max_position_embeddings = 20
+    assert survey.encoder_texts(model, tokenizer, [TEXT], SMALL)[Condition("natural", "none")].shape == (4, 20)
     assert [one.condition for one in found.sink_rates.conditions] == [
         Condition("natural", "framed"),
         Condition("natural", "none"),

@@ -160,7 +160,8 @@ def test_options_of_the_second_route(name, options) -> None:
 def test_frequencies_of_a_model_cast_to_bfloat16_are_those_before() -> None:
     from sinks.models.families import describe
 
-    exact = describe(build("llama")).rotaries(20)["all"].inv_freq
+    wide = build("llama")  # a description does not keep its model alive
+    exact = describe(wide).rotaries(20)["all"].inv_freq
     cast = build("llama", dtype=torch.float32).to(torch.bfloat16)
     assert cast.model.rotary_emb.inv_freq.dtype is torch.bfloat16
     torch.testing.assert_close(describe(cast).rotaries(20)["all"].inv_freq, exact, rtol=2**-23, atol=0)

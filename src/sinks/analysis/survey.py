@@ -269,10 +269,14 @@ def measure_encoder(
 
 
 def encoder_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: SurveySettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: SurveySettings
 ) -> dict[Condition, Int[Tensor, "texts tokens"]]:
-    """What an encoder of text is shown: windows, between class token and separator if it has them, and bare."""
-    natural = windows(tokenizer, texts, settings.tokens, settings.texts, settings.seed)
+    """What an encoder of text is shown: windows, between class token and separator if it has them, and bare.
+
+    They have `settings.tokens` tokens, or as many as the model has positions for; the result says how many.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.tokens
+    natural = windows(tokenizer, texts, min(settings.tokens, positions), settings.texts, settings.seed)
     bare = {Condition("natural", "none"): natural}
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         return bare

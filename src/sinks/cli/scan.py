@@ -188,7 +188,7 @@ def scan_encoder(name: str, flags: Flags, settings: "SurveySettings", stage: "St
     else:
         texts = read_texts(flags)
         about["sources"] = texts.sources
-        inputs = encoder_texts(encoder.tokenizer, list(texts.by_name.values()), settings)
+        inputs = encoder_texts(encoder.model, encoder.tokenizer, list(texts.by_name.values()), settings)
     return measure_encoder(encoder.model, inputs, settings, tokenizer=encoder.tokenizer, about=about, stage=stage)
 
 

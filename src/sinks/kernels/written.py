@@ -208,7 +208,8 @@ def attend_dense(
         if lens.arrive is not None:
             lens.arrive(Arrival(layer, meeting.queries, query, key[:, :, new], value[:, :, new]))
     rows = max(QUERIES, 0 if query.device.type == "cpu" else _fit(query) // (len(query) * heads * key.shape[2]))
-    blocks = []
+    # Written in place: results kept between blocks would pin the holes that ever larger blocks leave in the heap.
+    whole = query.new_empty(*query.shape[:3], value.shape[-1])
     for begin in range(0, queries, rows):
         end = min(begin + rows, queries)
         seen = meeting.visible(begin, end)
@@ -221,8 +222,7 @@ def attend_dense(
         here = (meeting.queries[:, begin:end], meeting.keys[:, reach])
         look = Look(View(layer, range(heads), heads // kv_heads, *here), lenses)
         part = query[:, :, begin:end]
-        out = attend_through(
+        whole[:, :, begin:end] = attend_through(
             part, part, key[:, :, reach], value[:, :, reach], sinks=0, bias=bias, scoring=scoring, look=look
         )  # fmt: skip
-        blocks.append(out)
-    return torch.cat(blocks, dim=2)
+    return whole

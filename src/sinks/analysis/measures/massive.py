@@ -213,8 +213,7 @@ class States:
 
     def _of(self, hidden: Float[Tensor, "texts tokens width"]) -> dict[str, np.ndarray]:
         numbers = hidden.flatten(1)
-        magnitude = numbers.abs()
-        places = magnitude.topk(LARGEST, dim=1).indices
+        places = _largest(hidden)
         norms = torch.linalg.vector_norm(hidden, dim=-1).double()
         kurtosis = _kurtosis_share(hidden)
         sink_norm, rest_norm = self._apart(norms)
@@ -231,7 +230,7 @@ class States:
             "rest_kurtosis": rest_kurtosis,
             "outliers": (norms > over).double().mean(dim=1),
         }
-        return {name: value.cpu().numpy() for name, value in taken.items()} | {"median": medians(magnitude)}
+        return {name: value.cpu().numpy() for name, value in taken.items()} | {"median": medians(numbers.abs())}
 
     def _apart(self, by_token: Float[Tensor, "texts tokens"]) -> tuple[Tensor, Tensor]:
         """The sink's, and the mean of the others'."""
@@ -253,6 +252,16 @@ class States:
         # Rows of batches of different sizes differ by rounding.
         near = max(1e-3, 4 * torch.finfo(self.dtype).eps)
         return all(bool(((end - end[0]).norm(dim=-1) <= near * end[0].norm()).all()) for end in ends)
+
+
+def _largest(hidden: Float[Tensor, "texts tokens width"]) -> Int[Tensor, "texts some_numbers"]:
+    """Places in the flattened text of its largest magnitudes, falling: they are among the tokens with the largest."""
+    width = hidden.shape[-1]
+    by_token = hidden.abs().amax(dim=-1)
+    tokens = by_token.topk(min(LARGEST, by_token.shape[1]), dim=1).indices.sort(dim=1).values
+    candidates = hidden.gather(1, tokens[..., None].expand(-1, -1, width)).abs().flatten(1)
+    found = candidates.topk(LARGEST, dim=1).indices
+    return tokens.gather(1, found // width) * width + found % width
 
 
 def medians(magnitude: Float[Tensor, "texts numbers"]) -> Float[np.ndarray, " texts"]:

@@ -201,7 +201,7 @@ class Prefixes:
     def see(self, sight: Sight) -> None:
         """Add one block."""
         view = sight.view
-        weights = sight.on(view.queries.new_zeros(1))[..., 0].double()
+        weights = sight.on(view.queries.new_zeros(1))[..., 0]
         rows = slice(int(view.queries[0, 0]), int(view.queries[0, -1]) + 1)
         for index, head in enumerate(view.heads):
             place = (view.layer, head)
@@ -215,7 +215,7 @@ class Prefixes:
     @property
     def weights(self) -> Float[np.ndarray, "texts layers_times_heads queries"]:
         """Attention of every query on key 0."""
-        return np.concatenate(self._batches)
+        return np.concatenate(self._batches).astype(np.float64)
 
 
 def measure(
