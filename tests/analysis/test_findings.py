@@ -44,6 +44,7 @@ def test_the_gap_is_found_with_all_three_signatures():
     rates = SinkRates((rate_of(Condition("natural", "none"), RATES),), (), "position", "64 % of heads")
     found = {one.title: one.text for one in findings(rates, {"without BOS": body_of(NORMS, VALUES, ((2, 3), (5, 8)))})}
     gap = found["The sinks pause in layers 3 to 4"]
+    assert "The three signatures go and come together" in gap
     assert "up to 1.2 times" in gap and "170 times where layer 5" in gap and "0.80 to 1.50" in gap
     assert found["The sink is bound to the first position"] == "64 % of heads."
     assert "gone after block 2" in found["A massive activation is born in block 1, without BOS"]
@@ -59,6 +60,14 @@ def test_a_sink_without_a_massive_activation_is_found():
     assert "In layer 0, 60 % of heads pass" in found["Sinks without a massive activation"]
     assert "In 1 of 3 layers" in found["Values drain in few sink layers"]
     assert not any("pause" in title for title in found)
+
+
+def test_a_gap_of_the_sinks_alone_is_not_said_of_all_three():
+    """Gemma's layer 7: no sink heads, but the massive activation and the drain go on."""
+    rates = SinkRates((rate_of(Condition("natural", "none"), RATES),), (), "position", "")
+    body = body_of([1.0, 20.0, 18.0, 17.0, 16.0, 15.0, 14.0, 9.0], [0.9, 0.2, 0.2, 0.3, 0.3, 0.3, 0.2], ((1, 8),))
+    gap = {one.title: one.text for one in findings(rates, {"without BOS": body})}["The sinks pause in layers 3 to 4"]
+    assert "The sinks pause alone" in gap and "together" not in gap
 
 
 def test_gaps_are_inside_only():
