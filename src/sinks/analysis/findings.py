@@ -97,8 +97,9 @@ def _layers(home: SinkRate, body: Massive | None) -> Iterator[Finding]:
             norm = body.first_norm[first : last + 1].max()
             back = int(np.flatnonzero(by_layer[last + 1 :] > STRONG)[0]) + last + 1
             together = norm < CARRIED and value[first : last + 1].min() > DRAINED
+            how = "The three signatures go and come together" if together else "The sinks pause alone"
             told += (
-                f". {'The three signatures go and come together' if together else 'The sinks pause alone'}: what enters {layers_text(first, last)} has the sink "
+                f". {how}: what enters {layers_text(first, last)} has the sink "
                 f"token at up to {norm:.1f} times the norm of the others, and {body.first_norm[back]:.0f} times where "
                 f"layer {back} has sinks again; its value has {value[first : last + 1].min():.2f} to "
                 f"{value[first : last + 1].max():.2f} of the others' norm there, and {value[back]:.2f} in layer {back}"
