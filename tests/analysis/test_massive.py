@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from sinks.analysis.measures import massive
 from sinks.analysis.measures.massive import lives, measure, medians
+from sinks.analysis.probe import Residual
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.models.attach import attach
 from tests.analysis.explicit import Explicit, explicit
@@ -232,3 +233,11 @@ def test_states_that_are_not_finite_are_refused() -> None:
     model = build("llama", layers=2)
     with planted(model, {0: float("inf")}), pytest.raises(UnsupportedOption, match="depth 1"):
         measure(model, tokens(9))
+
+
+def test_nothing_of_a_text_is_kept_but_its_numbers():
+    """A view of one token would keep the whole residual stream of every depth alive."""
+    states, hidden = massive.States(0), torch.randn(2, 50, 16)
+    states.residual(Residual(0, hidden))
+    kept = [part for parts in states._ends.values() for part in parts]
+    assert kept and all(part.untyped_storage().nbytes() == part.numel() * 4 for part in kept)

@@ -46,6 +46,7 @@ LEAST = {
     "texts": 2,
     "tokens": 32,
     "long_texts": 1,
+    "long_tokens": 16,
     "deep_texts": 2,
     "deep_tokens": 96,
     "mixed_texts": 2,

@@ -161,9 +161,12 @@ def read_saved(path: Path) -> "Survey":
 def scan_language_model(name: str, flags: Flags, settings: "SurveySettings", stage: "Stage") -> "Survey":
     """Load and survey a causal language model."""
     from sinks.analysis.survey import measure
+    from sinks.errors import InvalidInput
     from sinks.models.load import load
     from sinks.report.survey import about_model
 
+    if flags.picture:
+        raise InvalidInput(f"{name} reads text: leave --picture to vision transformers, such as dinov2-small")
     texts = read_texts(flags)
     loaded = load(name, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
     about = about_model(loaded.model, asdict(loaded.source), command_line()) | {"sources": texts.sources}

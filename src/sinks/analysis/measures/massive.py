@@ -209,7 +209,7 @@ class States:
                 f"the residual stream is not finite at depth {residual.depth} in {self.dtype}: load it as float32"
             )
         self._found.setdefault(residual.depth, []).append(found)
-        self._ends.setdefault(residual.depth, []).append(hidden[:, self.sink].cpu())
+        self._ends.setdefault(residual.depth, []).append(hidden[:, self.sink].cpu().clone())  # a view would keep it all
 
     def _of(self, hidden: Float[Tensor, "texts tokens width"]) -> dict[str, np.ndarray]:
         numbers = hidden.flatten(1)
