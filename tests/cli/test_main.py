@@ -78,7 +78,7 @@ def test_usage_errors_are_one_line(arguments: list[str], line: str, run_sinks: R
     ("error", "status", "line"),
     [
         (CapacityError("4 sinks + 9000 recent tokens\nexceed 8192"), 2, "4 sinks + 9000 recent tokens exceed 8192"),
-        (UnknownName("no model 'gtp2'"), 1, "no model 'gtp2'"),
+        (UnknownName("no model 'gtp2'"), 2, "no model 'gtp2'"),
         (SinksError("any other"), 1, "any other"),
         (PermissionError(13, "Permission denied", "out/x"), 1, "[Errno 13] Permission denied: 'out/x'"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -95,8 +95,8 @@ def test_fetching_what_is_here_already():
 def test_fetching_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     asked: list[tuple[str, bool]] = []
 
-    def prepare(asset: ModelAsset, *, accept_terms: bool) -> Path:
-        asked.append((asset.name, accept_terms))
+    def prepare(name: str, *, accept_terms: bool) -> Path:
+        asked.append((name, accept_terms))
         return tmp_path
 
     monkeypatch.setattr(door, "prepare", prepare)

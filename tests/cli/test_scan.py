@@ -97,8 +97,8 @@ def test_json_goes_to_standard_output_alone(scan: Command, model: Path, capsys: 
         (("--picture", "a.png"), 2, "reads text: leave --picture to vision transformers"),
         (("--epsilon", "2"), 2, "epsilon=2.0: a share of attention lies between 0 and 1"),
         (("--texts", "4000"), 2, "windows of 64 tokens, and 4000 are wanted"),
-        (("nothing-here",), 1, "no built-in model, folder or file is called 'nothing-here'"),
-        (("--text", "missing.txt"), 1, "no text or file is called 'missing.txt'"),
+        (("nothing-here",), 2, "no built-in model, folder or file is called 'nothing-here'"),
+        (("--text", "missing.txt"), 2, "no text or file is called 'missing.txt'"),
         (("--device", "abacus"), 2, "device 'abacus' cannot be used here"),
     ],
 )
@@ -126,3 +126,14 @@ def test_a_file_that_holds_no_survey(scan: Command, tmp_path: Path, capsys: pyte
 def test_two_models_of_one_name(scan: Command, model: Path, capsys: pytest.CaptureFixture[str]):
     assert scan(str(model), str(model)) == 2
     assert "written to one folder" in capsys.readouterr().err
+
+
+def test_every_name_is_checked_before_the_first_model_is_measured(
+    scan: Command, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def measure(*arguments: object, **named: object) -> None:
+        raise AssertionError("measured too early")
+
+    monkeypatch.setattr("sinks.analysis.survey.measure", measure)
+    assert scan(str(model), "nothing-here") == 2
+    assert "'nothing-here'" in capsys.readouterr().err

@@ -300,7 +300,7 @@ def test_the_default_is_the_built_in_model(gguf_file: Path, tmp_path: Path, monk
     """Fetched through the catalogue's payload, converted, then loaded without either."""
     asset = catalogue.MODELS["smollm2-135m-instruct"]
     monkeypatch.setattr(door, "fetch_model", lambda asset, **_: gguf_file)
-    assert prepare(asset).name == asset.payload.sha256
+    assert prepare().name == asset.payload.sha256
     gguf_file.unlink()
     for name in (None, "smollm2", "SmolLM2-135M"):
         source = load(name).source

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from sinks.errors import InvalidInput, SinksError
+from sinks.errors import InvalidInput, SinksError, UnknownName
 
 COMMANDS = ("compare", "models", "scan")
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         return _complain("interrupted", status=130)
     except typer.TyperException as error:
         return _complain(_with_help(error), status=error.exit_code)
-    except InvalidInput as error:
+    except (InvalidInput, UnknownName) as error:
         return _complain(str(error), status=2)
     except SinksError as error:
         return _complain(str(error), status=1)

@@ -57,10 +57,10 @@ def _prepare(asset: Any, accept_terms: bool) -> Any:
     if asset.kind == "causal":
         from sinks.models.load import prepare  # torch, only now that there is something to convert
 
-        return prepare(asset, accept_terms=accept_terms)
+        return prepare(asset.name, accept_terms=accept_terms)
     from sinks.models.encoders import prepare_encoder
 
-    return prepare_encoder(asset)
+    return prepare_encoder(asset.name)
 
 
 def check(

@@ -14,7 +14,6 @@ from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
     from sinks.analysis.survey import Survey, SurveySettings
-    from sinks.report.survey import SurveyReport
     from sinks.types import Stage
 
 SAVED = "survey.json"
@@ -84,10 +83,12 @@ def run(flags: Flags) -> None:
     """Measure every model, write its files, then the atlas, then print."""
     from rich.console import Console
 
+    from sinks.analysis.survey import Survey
     from sinks.assets.catalogue import DEFAULT_MODEL
     from sinks.errors import InvalidInput
     from sinks.report.files import results_folder, write_together
     from sinks.report.scan.page import atlas, slug
+    from sinks.report.survey import SurveyReport
 
     names = flags.models or [DEFAULT_MODEL]
     folders = [slug(Path(name).name if Path(name).exists() else name) for name in names]
@@ -98,8 +99,9 @@ def run(flags: Flags) -> None:
         console.width = PLAIN_WIDTH
     reports: list[SurveyReport] = []
     with results_folder(flags.out) as place:
-        for name, folder in zip(names, folders, strict=True):
-            report = report_of(name, flags, settings)
+        sources = [source_of(name, flags) for name in names]  # every mistake before the first minute of measuring
+        for source, folder in zip(sources, folders, strict=True):
+            report = SurveyReport(source if isinstance(source, Survey) else scanned(source, flags, settings))
             paths = report.save(place / folder if len(names) > 1 else place)
             show(console, report.survey, paths[0])
             reports.append(report)
@@ -129,20 +131,34 @@ def settings_of(flags: Flags) -> "SurveySettings":
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
-def report_of(name: str, flags: Flags, settings: "SurveySettings") -> "SurveyReport":
-    """The report on one model: read from where it was saved, or measured."""
+def source_of(name: str, flags: Flags) -> "Survey | str":
+    """What was saved of a model before, or its name, once it is known to be here and to read what was asked for."""
     from sinks.assets.catalogue import find_model
-    from sinks.models.encoders import is_encoder
-    from sinks.report.survey import SurveyReport
+    from sinks.errors import InvalidInput
+    from sinks.models.encoders import is_encoder, prepare_encoder
+    from sinks.models.load import prepare
 
     path = Path(name).expanduser()
     saved = path / SAVED if path.is_dir() else path
     if find_model(name) is None and saved.is_file() and saved.suffix == ".json":
-        return SurveyReport(read_saved(saved))
+        return read_saved(saved)
+    if is_encoder(name):
+        prepare_encoder(name)
+        return name
+    if flags.picture:
+        raise InvalidInput(f"{name} reads text: leave --picture to vision transformers, such as dinov2-small")
+    prepare(name, accept_terms=flags.accept_terms)
+    return name
+
+
+def scanned(name: str, flags: Flags, settings: "SurveySettings") -> "Survey":
+    """Measure one model."""
+    from sinks.models.encoders import is_encoder
+
     with progress_bars() as stage:
         if is_encoder(name):
-            return SurveyReport(scan_encoder(name, flags, settings, stage))
-        return SurveyReport(scan_language_model(name, flags, settings, stage))
+            return scan_encoder(name, flags, settings, stage)
+        return scan_language_model(name, flags, settings, stage)
 
 
 def read_saved(path: Path) -> "Survey":
@@ -153,20 +169,18 @@ def read_saved(path: Path) -> "Survey":
     try:
         return from_plain(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise InvalidInput(
-            f"{path} holds no survey that this version can read ({type(error).__name__}: {error}): scan the model again"
+            f"{path} holds no survey that this version can read ({what}): scan the model again"
         ) from error
 
 
 def scan_language_model(name: str, flags: Flags, settings: "SurveySettings", stage: "Stage") -> "Survey":
     """Load and survey a causal language model."""
     from sinks.analysis.survey import measure
-    from sinks.errors import InvalidInput
     from sinks.models.load import load
     from sinks.report.survey import about_model
 
-    if flags.picture:
-        raise InvalidInput(f"{name} reads text: leave --picture to vision transformers, such as dinov2-small")
     texts = read_texts(flags)
     loaded = load(name, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
     about = about_model(loaded.model, asdict(loaded.source), command_line()) | {"sources": texts.sources}

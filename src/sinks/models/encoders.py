@@ -132,22 +132,22 @@ def picture_inputs(encoder: Encoder, pictures: Sequence[Float[np.ndarray, "3 siz
     return {"pixel_values": values.to(device=encoder.model.device, dtype=encoder.model.dtype)}
 
 
-def prepare_encoder(asset: ModelAsset, *, progress: Progress | None = None) -> Path:
-    """Fetch a built-in model, convert it if need be, and return its folder. Does nothing the second time.
+def prepare_encoder(name: str | Path, *, progress: Progress | None = None) -> Path:
+    """Fetch a model, convert it if need be, and return its folder. Does nothing the second time.
 
-    Raises:
-        UnsupportedModel: it is a causal language model, which `prepare` of `load.py` takes.
-        AssetError: as `load_encoder`.
+    Raises what `load_encoder` raises, but for a device, a data type and weights, which are not looked at.
     """
-    with reporting(progress) as report:
-        return _built_in(asset, report)
+    folder, _ = _find(name, progress)
+    _kind(folder)
+    return folder
 
 
 def _find(name: str | Path, progress: Progress | None) -> tuple[Path, Source]:
     """The folder to load from, and what to say about it."""
     text = str(name)
     if asset := find_model(text):
-        folder = prepare_encoder(asset, progress=progress)
+        with reporting(progress) as report:
+            folder = _built_in(asset, report)
         return folder, Source(asset.name, "built-in", asset.licence, asset.payload.sha256, _NOTES.get(asset.kind, ""))
     path = Path(text).expanduser()
     if path.is_file():

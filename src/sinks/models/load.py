@@ -104,15 +104,21 @@ def load(
     return Loaded(model, tokenizer, source)
 
 
-def prepare(asset: ModelAsset, *, accept_terms: bool = False, progress: Progress | None = None) -> Path:
-    """Fetch and convert a built-in model without loading it, and return its folder. Does nothing the second time.
+def prepare(
+    name: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    accept_terms: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch and convert a model without loading it, and return its folder. Does nothing the second time.
 
-    Raises:
-        UnsupportedModel: it is no causal language model; `encoders.prepare_encoder` takes the others.
-        AssetError: as `load`.
+    Raises what `load` raises, but for a device, a data type and weights, which are not looked at.
     """
     with reporting(progress) as report:
-        return _built_in(asset, accept_terms, report).folder
+        folder, _ = _find(name, trust_remote_code, accept_terms, report)
+    check_config(folder, trust_remote_code)
+    return folder
 
 
 def _find(
@@ -133,7 +139,8 @@ def _find(
     if not _HUB_ID.fullmatch(text) or is_pickle(text):
         raise UnknownName(
             f"no built-in model, folder or file is called {text!r}{suggestion(text, model_names('causal'))}: "
-            f"built-in models are {', '.join(asset.name for asset in models_of('causal'))}; "
+            f"built-in models are {', '.join(asset.name for asset in models_of('causal'))} "
+            f"(and {', '.join(asset.name for asset in models_of('encoder', 'vision'))}, which do not stream); "
             f"a Hub model is written owner/name"
         )
     folder = snapshot(text, trust_remote_code)
