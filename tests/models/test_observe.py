@@ -143,7 +143,7 @@ def test_a_model_that_cannot_stream_is_observed():
 
 
 def test_long_texts_come_in_blocks_that_reach_no_further_than_they_must(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sinks.kernels.written.QUERIES", 4)
+    monkeypatch.setattr("sinks.kernels.written.QUERIES", {kind: (4, 4) for kind in ("cpu", "cuda")})
     monkeypatch.setitem(vars(__import__("sinks.kernels.written", fromlist=["ELEMENTS"]))["ELEMENTS"], "cpu", 100)
     model, ids = build("gemma2", layers=2), tokens(19, batch=2)
     widths: dict[int, list[int]] = {0: [], 1: []}

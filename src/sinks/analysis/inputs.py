@@ -46,10 +46,17 @@ def windows(
     Windows are drawn at random from all there are (each text cut from its beginning); texts shorter than a window are
     left out. Raises TextTooShort if there are fewer than `count`.
     """
-    found: list[list[int]] = []
-    for text in texts:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        found += [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+    return drawn(bare_ids(tokenizer, texts), tokens, count, seed)
+
+
+def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without special tokens. A book takes seconds."""
+    return [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+
+
+def drawn(texts: Sequence[list[int]], tokens: int, count: int, seed: int = 0) -> Int[Tensor, "texts tokens"]:
+    """What `windows` gives, of texts that are tokens already."""
+    found = [ids[start : start + tokens] for ids in texts for start in range(0, len(ids) - tokens + 1, tokens)]
     if len(found) < count:
         raise TextTooShort(
             f"the texts give {len(found)} windows of {tokens} tokens, and {count} are wanted: give more text, or ask "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinks.analysis.causes import interventions
 from sinks.analysis.causes.interventions import Interventions
 from sinks.analysis.findings import Finding, findings
-from sinks.analysis.inputs import Condition, bos_of, dressed, framed, windows
+from sinks.analysis.inputs import Condition, bare_ids, bos_of, drawn, dressed, framed, windows
 from sinks.analysis.measures import entropy, massive, mixing, repetition, semantics, sink_rate
 from sinks.analysis.measures.entropy import Entropy
 from sinks.analysis.measures.massive import Massive
@@ -298,17 +299,21 @@ class Inputs:
         """The token that the tokenizer itself puts before a text, if it does."""
         return stream_ids(self.tokenizer, "")[1]
 
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each text, without special tokens."""
+        return bare_ids(self.tokenizer, list(self.texts.values()))
+
     def windows(self, count: int, tokens: int) -> Int[Tensor, "count tokens"]:
         """Windows of all texts, without special tokens, on the model's device."""
-        found = windows(self.tokenizer, list(self.texts.values()), tokens, count, self.settings.seed)
-        return found.to(self.model.device)
+        return drawn(self.ids, tokens, count, self.settings.seed).to(self.model.device)
 
-    @property
+    @cached_property
     def deep(self) -> Int[Tensor, "texts tokens"]:
         """The texts that are looked at in depth."""
         return self.windows(self.settings.deep_texts, self.settings.deep_tokens)
 
-    @property
+    @cached_property
     def stream(self) -> Int[Tensor, " tokens"]:
         """The first text that is long enough to be streamed, or else the longest."""
         wanted = max(self.settings.stream_tokens, self.settings.advice.tokens)
