@@ -67,16 +67,13 @@ STEADY = {
 STRIPPING = {"thinking", "begins reasoning"}
 
 UNSTEADY = {
-    "a turn differently": "{% for m in messages %}{{ '<|im_start|>' + loop.index | string + m.role + '\n' + m.content }}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "a turn differently": _CHATML.replace("+ m.role", "+ loop.index | string + m.role"),
     "earlier turns anew": _CHATML.replace("+ m.content", "+ ('Now: ' if loop.last else '') + m.content"),
     "no token of its own": "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}",
     "leaves out the newest": _CHATML.replace("for m in messages", "for m in messages[:2]"),
     "an answer as it is": _CHATML.replace("m.content", "m.content | upper"),
-    "a message as it is": "{% for m in messages %}{% set c = m.content if m.role == 'assistant' else m.content | upper %}"
-    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "a message as it is": _CHATML.replace("m.content", "(m.content if m.role == 'assistant' else m.content | upper)"),
 }
 
 
@@ -91,8 +88,8 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 
 @cache
-def chat_model() -> LlamaForCausalLM:
-    """A random Llama of these tokens, attached, in float64."""
+def chat_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    """A random Llama of these tokens, attached."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -105,7 +102,7 @@ def chat_model() -> LlamaForCausalLM:
         initializer_range=0.4,
     )
     model = LlamaForCausalLM(config)
-    model.to(dtype=torch.float64).eval()  # type: ignore[call-arg]
+    model.to(dtype=dtype).eval()  # type: ignore[call-arg]
     assert model.generation_config is not None
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     attach(model)

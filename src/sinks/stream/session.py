@@ -186,6 +186,11 @@ class Session:
         """Why the last answer is over: "end", "stop" or "length"; None where none is, or it was left early."""
         return None if self._answer is None else self._answer.finish
 
+    @property
+    def answering(self) -> bool:
+        """Whether a dialogue stands inside an answer, with which `generate` would go on."""
+        return self._in_dialogue and self._history.newest not in (None, self.dialogue.end)
+
     @cached_property
     def dialogue(self) -> Dialogue:
         """How `say` writes turns. Raises UnsupportedOption where the model has no template to follow."""
@@ -231,8 +236,7 @@ class Session:
         if not self.seen:
             raise InvalidInput("nothing was fed, and this model's texts begin with no token of their own: feed a text")
         self._turn += 1
-        sampler = Sampler(sampling, self._generator)
-        self._answer = Answer(sampler, self._pieces, self._ends, max_tokens, stop)
+        self._answer = self._new_answer(max_tokens, stop, sampling)
         return self._write(self._answer, self._turn)
 
     def say(
@@ -259,17 +263,15 @@ class Session:
                 "this stream began with other text, and a dialogue begins at the beginning of a stream: reset() it, or "
                 "go on with feed() and generate()"
             )
-        dialogue = self.dialogue
-        ends = self._ends | {dialogue.end}
-        answer = Answer(Sampler(sampling, self._generator), self._pieces, ends, max_tokens, stop)
         if self.seen:
-            ids = dialogue.following(message, self._history.newest, role)
+            ids = self.dialogue.following(message, self._history.newest, role)
         else:
-            ids = dialogue.opening(message, role)
+            ids = self.dialogue.opening(message, role)
+        answer = self._new_answer(max_tokens, stop, sampling, in_dialogue=True)
         self._in_dialogue = True
         self._read(ids, None)
         self._turn, self._answer = self._turn + 1, answer
-        return self._write(answer, self._turn, end=dialogue.end)
+        return self._write(answer, self._turn)
 
     def resized(self, window: int, on_evict: Listen | None = None) -> Session:
         """A session with another window that has read what is visible here, as one text, and goes on from there.
@@ -335,8 +337,15 @@ class Session:
 
     # How
 
-    def _write(self, answer: Answer, turn: int, end: int | None = None) -> Iterator[str]:
-        """The answer as it is written; where it ends by itself, the stream gets `end`, or the model's own end token."""
+    def _new_answer(
+        self, max_tokens: int | None, stop: Iterable[str], sampling: Sampling, in_dialogue: bool = False
+    ) -> Answer:
+        """An answer not yet begun; in a dialogue, the template's end of an answer ends it too."""
+        ends = self._ends | {self.dialogue.end} if in_dialogue or self._in_dialogue else self._ends
+        return Answer(Sampler(sampling, self._generator), self._pieces, ends, max_tokens, stop)
+
+    def _write(self, answer: Answer, turn: int) -> Iterator[str]:
+        """The answer as it is written. In a dialogue an end is noted as the template's, whichever the model chose."""
         self._check_turn(turn)
         if held := answer.begin():
             yield held
@@ -344,7 +353,7 @@ class Session:
             self._check_turn(turn)
             token, piece = answer.take(self._next_logits(), self._history)
             self._logits = None
-            self._history.extend([end if answer.finish == "end" and end is not None else token])
+            self._history.extend([self.dialogue.end if answer.finish == "end" and self._in_dialogue else token])
             if piece:
                 yield piece
 
