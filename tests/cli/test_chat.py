@@ -1,13 +1,9 @@
-"""`sinks chat`: in a pipe from end to end, its commands, its keyboard, its Ctrl-C, and all of it at a real terminal."""
+"""`sinks chat` in a pipe from end to end, its commands, and its Ctrl-C."""
 
 import io
-import os
-import select
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +12,14 @@ import torch
 from sinks.cli import main as cli
 from sinks.cli.terminal.commands import COMMANDS, Quit, answer, talk
 from sinks.cli.terminal.conversation import Conversation
-from sinks.cli.terminal.keyboard import piped, typed
-from sinks.cli.terminal.screen import Screen, fitted
+from sinks.cli.terminal.screen import Screen
 from sinks.cli.terminal.stopping import PATIENCE, Stopper
 from sinks.errors import InvalidInput, SnapshotError
 from sinks.models.load import load
 from sinks.stream.sampling import Sampling
 from sinks.stream.session import Session
 from tests.reading.tiny import tiny_folder
-from tests.stream.templates import LETTERS, STEADY, chat_loaded, chat_model, chat_tokenizer
+from tests.stream.templates import LETTERS, chat_folder, chat_loaded
 
 SYSTEM = "Be kind."
 WINDOW = 60
@@ -33,10 +28,7 @@ WINDOW = 60
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a chat template, as a folder, in float32."""
-    folder = tmp_path_factory.mktemp("model")
-    chat_model(torch.float32).save_pretrained(folder)
-    chat_tokenizer(STEADY["chatml"]).save_pretrained(folder)
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -298,117 +290,3 @@ def test_ctrl_c_again_and_again_leaves(conversation: Conversation):
     screen.on_piece = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(PATIENCE)] and None
     with pytest.raises(KeyboardInterrupt):
         answer(conversation, "hello")
-
-
-# The keyboard and the screen
-
-
-def scripted(*events: str | type[BaseException]) -> Callable[[str], str]:
-    """A person who types these lines, and then leaves with Ctrl-D."""
-    left: Iterator[str | type[BaseException]] = iter([*events, EOFError])
-
-    def read(prompt: str) -> str:
-        event = next(left)
-        if isinstance(event, str):
-            return event
-        raise event
-
-    return read
-
-
-@pytest.mark.parametrize(
-    ("events", "messages"),
-    [
-        (["one", "", "  ", "two"], ["one", "two"]),
-        (["one\\", "two\\", "three", "four"], ["one\ntwo\nthree", "four"]),
-        (['"""', "one", "", "/two\\", '"""', "three"], ["one\n\n/two\\", "three"]),
-        (['"""one"""', '"""two', 'three"""'], ["one", "two\nthree"]),
-        (["one", KeyboardInterrupt, "two", KeyboardInterrupt, KeyboardInterrupt, "three"], ["one", "two"]),
-        (['"""', "lost", KeyboardInterrupt, "kept"], ["kept"]),
-    ],
-)
-def test_what_is_typed(events: list[str | type[BaseException]], messages: list[str]):
-    assert list(typed(lambda text: None, scripted(*events))) == messages
-
-
-def test_the_first_ctrl_c_at_the_prompt_says_how_to_leave():
-    notes: list[str] = []
-    assert not list(typed(notes.append, scripted(KeyboardInterrupt, KeyboardInterrupt, "never read")))
-    assert notes == ["", "Ctrl-C again, or Ctrl-D, leaves", ""]
-
-
-def test_what_is_piped():
-    assert list(piped(["one\n", "\n", " two\\\r\n", '"""\n', "last"])) == ["one", " two\\", '"""', "last"]
-
-
-def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    Screen(lively=False).line("a\x1b[2Jb\x9b\x07\r\tc\nd é")
-    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\ufffd\tc\nd é\n"
-
-
-@pytest.mark.parametrize(("width", "shown"), [(80, "one · two · three"), (12, "one · two"), (3, "one"), (1, "one")])
-def test_a_narrow_terminal_gets_what_fits(width: int, shown: str):
-    assert fitted(["one", "two", "three"], width) == shown
-
-
-# All of it
-
-
-class Terminal:
-    """`sinks chat` under a pseudo-terminal of `columns` columns."""
-
-    def __init__(self, columns: int, *flags: str, **environment: str) -> None:
-        import fcntl
-        import pty
-        import struct
-        import termios
-
-        self.handle, inside = pty.openpty()
-        fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sinks", "chat", *flags],
-            stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
-            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-            | {"TERM": "xterm-256color"} | environment,
-        )  # fmt: skip
-        os.close(inside)
-        self.shown = ""
-
-    def until(self, text: str, seconds: float = 60) -> str:
-        """What is shown from here on until `text` is."""
-        end, new = time.monotonic() + seconds, b""
-        while text.encode() not in new:
-            assert time.monotonic() < end, f"{text!r} never came: {self.shown + new.decode(errors='replace')}"
-            if select.select([self.handle], [], [], 0.1)[0]:
-                new += os.read(self.handle, 4096)
-        self.shown += new.decode(errors="replace")
-        return new.decode(errors="replace")
-
-    def type(self, text: str) -> None:
-        os.write(self.handle, text.encode())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_at_a_terminal(model: Path, no_color: str):
-    """An answer without an end is stopped by Ctrl-C; the conversation goes on, and ends at the second one."""
-    terminal = Terminal(30, str(model), "--max-tokens", "0", "--window", "50", NO_COLOR=no_color)
-    terminal.until("> ")
-    terminal.type("hello\n")
-    terminal.until("hello\r\n")
-    time.sleep(1)
-    assert terminal.process.poll() is None
-    terminal.type("\x03")
-    told = terminal.until("\n> ")
-    status = next(line for line in told.splitlines() if "tokens seen" in line)
-    assert "MB" not in status and "visible" not in status  # no room for it in 30 columns
-    terminal.type("/visible\n")
-    assert "user\r\nhello" in terminal.until("are visible]") or "let go" in terminal.shown
-    terminal.type("\x03")
-    terminal.until("leaves")
-    terminal.type("\x03")
-    assert terminal.process.wait(20) == 0
-    assert ("\x1b[2m" in terminal.shown) == (not no_color)

@@ -4,6 +4,7 @@
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
@@ -148,3 +149,16 @@ def undated(name: str, ids: list[int]) -> list[int]:
         return ids
     start = len(chat_tokenizer(None)("<s><|header|>system<|/header|>\n\nToday is ").input_ids)
     return ids[:start] + ids[start + len("01 Jan 2026 00:00:00") :]
+
+
+def chat_folder(folder: Path, endless: bool = False) -> Path:
+    """Save the model in float32, and its tokenizer with a template, as a checkpoint that commands take.
+
+    With `endless` special tokens have logits of 0, and the likeliest of the others has never so little.
+    """
+    model = chat_model.__wrapped__(torch.float32)
+    if endless:
+        model.lm_head.weight.data[256:] = 0
+    model.save_pretrained(folder)
+    chat_tokenizer(STEADY["chatml"]).save_pretrained(folder)
+    return folder
