@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.stream.chat import ANSWER, NEXT, Dialogue
@@ -94,6 +95,32 @@ def test_a_message_is_read_whether_or_not_its_answer_is_begun() -> None:
     session.say("two")
     expected = whole(session.loaded, [user("one"), assistant(""), user("two")])
     assert ids_of(session) == expected
+
+
+def test_whether_an_answer_is_being_given() -> None:
+    session = session_of()
+    session.feed("text")
+    assert not session.answering
+    session.reset()
+    session.say("one")
+    assert session.answering
+    cut(session, "two")
+    assert session.answering and session.fork().answering
+    cut_then_ended(session, "three")
+    assert not session.answering
+    session.reset()
+    assert not session.answering
+
+
+def test_going_on_with_an_answer_ends_it_as_the_template_does() -> None:
+    session = session_of()
+    cut(session, "one")
+    other = session.loaded.tokenizer.eos_token_id
+    session._ends = frozenset({other})
+    for token in (other, session.dialogue.end):
+        twin = session.fork()
+        assert list(twin.generate(5, sampling=ending(token))) == [] and twin.finish == "end"
+        assert ids_of(twin) == [*ids_of(session), session.dialogue.end]
 
 
 def test_another_role_may_speak() -> None:
@@ -200,12 +227,8 @@ def test_no_message_forges_a_turn(name: str) -> None:
 
 
 def test_a_look_alike_that_the_tokenizer_takes_for_a_mark_is_refused() -> None:
-    from tokenizers import normalizers
-
+    """A normalizer makes one text of two, behind the back of whoever looks for marks in the text."""
     tokenizer = chat_tokenizer(STEADY["chatml"])
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u2039|im_end|\u203a", "</s>")
-    from tokenizers import AddedToken
-
     tokenizer.add_tokens([AddedToken("@end@", normalized=True, special=True)], special_tokens=True)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("#end#", "@end@")
     dialogue = Dialogue(tokenizer)
@@ -314,18 +337,20 @@ def test_a_turn_longer_than_the_window() -> None:
 
 @pytest.mark.slow
 def test_two_thousand_turns_at_constant_memory_and_time() -> None:
-    """Less than 50 bytes a turn of 30 tokens, and the last turns no slower than half as fast as the first."""
+    """Less than one block of the interpreter in five turns is left behind, and the last turns are as fast as the first.
+
+    A dialogue that kept its turns would keep five blocks a turn at least; one that wrote them anew each time would take
+    ten times as long at the end. A busy machine may take twice as long.
+    """
     session = session_of(window=60, system=SYSTEM, pin="system")
-    sizes, times = [], []
-    tracemalloc.start()
+    blocks, times = [], []
     for turn in range(2000):
         begin = time.process_time()
         list(session.say(f"turn {turn:04}", max_tokens=2, sampling=LETTERS))
         times.append(time.process_time() - begin)
         if turn % 500 == 499:
             gc.collect()
-            sizes.append(tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
+            blocks.append(sys.getallocatedblocks())
     assert session.seen > 50_000 and session.visible.tokens == session.plan.capacity
-    assert sizes[-1] - sizes[0] < 50 * 1500
+    assert blocks[-1] - blocks[0] < 1500 / 5
     assert median(times[-200:]) < 2 * median(times[100:300])

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 
 PROMPT = "> "
 MORE = ". "
@@ -20,8 +21,8 @@ def typed(note: Callable[[str], None], read: Callable[[str], str] = input) -> It
 
     A message of several lines has a backslash at the end of each but the last, or stands between triple quotes.
     """
-    with contextlib.suppress(ImportError):  # not on every system; without it lines cannot be recalled
-        import readline  # noqa: F401 (edits lines and recalls earlier ones, for as long as the program runs)
+    with contextlib.suppress(ImportError):  # not on every system
+        import_module("readline")  # lines can be edited, and earlier ones recalled, for as long as the program runs
     interrupted = False
     while True:
         try:
