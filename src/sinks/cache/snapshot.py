@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from sinks.cache.cache import SinkCache
 from sinks.errors import DamagedSnapshot, OtherModel, OtherVersion, SnapshotError
 
-VERSION = 1
+VERSION = 2
 FORMAT = "sinks.snapshot"
 CHUNK = 1 << 23
 """Bytes written, and hashed, at a time."""

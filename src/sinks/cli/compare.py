@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinks.cli.flags import AcceptTerms, Device, Dtype
 from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
@@ -49,11 +50,9 @@ class Flags:
     ] = False
     out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("sinks-compare")
     json: Annotated[bool, typer.Option("--json", help="Print compare.json, and the table on standard error.")] = False
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
-    dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
-    accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
-    ] = False
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    accept_terms: AcceptTerms = False
 
 
 def register(app: typer.Typer) -> None:

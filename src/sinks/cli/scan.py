@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinks.cli.flags import AcceptTerms, Device, Dtype
 from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
@@ -58,11 +59,9 @@ class Flags:
     seed: Annotated[int, typer.Option(help="Draws windows, random tokens and controls.")] = 0
     out: Annotated[Path, typer.Option(help="Folder for the page, survey.json and the tables.")] = Path("sinks-scan")
     json: Annotated[bool, typer.Option("--json", help="Print survey.json, and the summary on standard error.")] = False
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
-    dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
-    accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
-    ] = False
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    accept_terms: AcceptTerms = False
 
 
 def register(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from sinks.models.families import describe
 from sinks.models.load import Loaded, load
 from sinks.reading.advice import Advice, AdviceSettings, advise
 from sinks.reading.tokens import stream_ids
+from sinks.stream.chat import Dialogue
 
 Sinks = int | Literal["auto"]
 
@@ -34,18 +36,23 @@ class Sizes:
     advice: Advice | None = None
 
 
-def loaded_from(
-    model: Loaded | str | Path | None, device: str | torch.device | None, dtype: str | torch.dtype | None
-) -> Loaded:
-    """The model by name (None: the built-in one), or as it was loaded, attached."""
-    if isinstance(model, Loaded):
-        if device is not None or dtype is not None:
-            raise InvalidInput("a loaded model has its device and its data type: give them to load() instead")
-        loaded = model
-    else:
-        loaded = load(model, device="cpu" if device is None else device, dtype="float32" if dtype is None else dtype)
+def loaded_from(model: Loaded | str | Path | None, options: Mapping[str, Any]) -> Loaded:
+    """The model by name (None: the built-in one) as `load` gives it with `options`, or as it was loaded; attached."""
+    if isinstance(model, Loaded) and options:
+        raise InvalidInput(f"{', '.join(options)}: this model is loaded already: give them to load() instead")
+    loaded = model if isinstance(model, Loaded) else load(model, **options)
     attach(loaded.model)
     return loaded
+
+
+def pinned(loaded: Loaded, system: str | None, pin: str | None) -> int:
+    """How many first tokens must be sinks for what is pinned to stay; checks the template where one will be needed."""
+    if pin not in (None, "system"):
+        raise InvalidInput(f'pin={pin!r}: only the system prompt can be pinned: give pin="system"')
+    if system is None and pin is None:
+        return 0
+    dialogue = Dialogue(loaded.tokenizer, system, loaded.source.name)
+    return 0 if pin is None else dialogue.pinned
 
 
 def sizes_for(loaded: Loaded, sinks: Sinks, window: int | None, text: str | None) -> Sizes:

@@ -17,16 +17,25 @@ from sinks.stream.pieces import PENDING_BYTES, Pieces
 
 @dataclass(frozen=True, eq=False)
 class Parked:
-    """What a session takes up again: visible ids, text held back, random numbers, and logits if a token was read."""
+    """What a session takes up again: visible ids, text held back, random numbers, and logits if a token was read.
+
+    `in_dialogue` says whether the stream is a dialogue, so that the next message goes on with it.
+    """
 
     history: History
     pending: bytes
     generator: Tensor
     logits: Tensor | None
+    in_dialogue: bool
 
 
 def pack(
-    history: History, pieces: Pieces, generator: torch.Generator, logits: Tensor | None, no_logits: Tensor
+    history: History,
+    pieces: Pieces,
+    generator: torch.Generator,
+    logits: Tensor | None,
+    no_logits: Tensor,
+    in_dialogue: bool,
 ) -> dict[str, Tensor]:
     """The state by name; `no_logits` stands in where there are none. Shapes never depend on what was read."""
     pending = pieces.pending
@@ -38,6 +47,7 @@ def pack(
         "session.generator": generator.get_state(),
         "session.logits": no_logits if logits is None else logits,
         "session.has_logits": torch.tensor([logits is not None]),
+        "session.in_dialogue": torch.tensor([in_dialogue]),
     }
 
 
@@ -60,9 +70,10 @@ def unpack(path: str | Path, held: Mapping[str, Tensor], cache: SinkCache, vocab
         generator = held["session.generator"]
         torch.Generator().set_state(generator)  # or it would fail half-way through being taken up
         pending = bytes(_filled(held["session.pending"], 256))
+        in_dialogue = bool(held["session.in_dialogue"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:  # InvalidInput is a ValueError
         raise DamagedSnapshot(f"{path} cannot be taken up again: no state of a session ({error})") from error
-    return Parked(history, pending, generator, logits)
+    return Parked(history, pending, generator, logits, in_dialogue)
 
 
 def fixed(values: list[int], size: int) -> Tensor:

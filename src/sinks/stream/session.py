@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from sinks.reading.advice import Advice
 from sinks.reading.perplexity import finite, surprise
 from sinks.reading.tokens import stream_ids
 from sinks.stream.answer import Answer, Finish
+from sinks.stream.chat import Dialogue
 from sinks.stream.history import History, Listen
-from sinks.stream.opening import Sinks, ends_of, loaded_from, sizes_for
+from sinks.stream.opening import Sinks, ends_of, loaded_from, pinned, sizes_for
 from sinks.stream.parking import pack, unpack
 from sinks.stream.pieces import Pieces, Vocabulary
 from sinks.stream.sampling import GREEDY, Sampler, Sampling
@@ -92,6 +93,7 @@ class Session:
         sinks: int = DEFAULT_SINKS,
         window: int = DEFAULT_WINDOW,
         *,
+        system: str | None = None,
         advice: Advice | None = None,
         on_evict: Listen | None = None,
         chunk: int = CHUNK,
@@ -100,6 +102,7 @@ class Session:
         if chunk < 1:
             raise InvalidInput(f"chunk={chunk}: feed at least one token at a time")
         self.loaded = loaded
+        self.system = system
         self.advice = advice
         self.chunk = chunk
         self._cache = SinkCache.for_model(loaded.model, sinks=sinks, window=window)
@@ -110,6 +113,7 @@ class Session:
         self._logits: Tensor | None = None  # behind the newest token, from when it is read to when one is chosen
         self._answer: Answer | None = None
         self._turn = 0
+        self._in_dialogue = False
 
     @classmethod
     def open(
@@ -118,10 +122,11 @@ class Session:
         *,
         sinks: Sinks = DEFAULT_SINKS,
         window: int | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        system: str | None = None,
+        pin: Literal["system"] | None = None,
         advice_text: str | None = None,
         on_evict: Listen | None = None,
+        **options: Any,
     ) -> Session:
         """A session that has read nothing.
 
@@ -130,16 +135,21 @@ class Session:
             sinks: first tokens kept for ever; "auto" lets `advise` choose, and the window too if none is given. It
                 reads part of a text, which takes tens of seconds on a CPU; `advice` then holds what it found.
             window: most recent tokens kept, the newest included; None is 1,020.
-            device: where the model goes ("cpu"), unless it is loaded.
-            dtype: element type of the weights ("float32"), unless it is loaded.
+            system: the system prompt of a dialogue, which the first `say` puts before its message; None leaves it to
+                the template. It is the caller's own: special tokens written in it are read as such.
+            pin: "system" keeps the tokens of the system prompt for ever: they are the sinks, `sinks` or more of them,
+                and the window is counted beside them.
             advice_text: the text that "auto" reads; None is the default text of `read_text`.
             on_evict: told what is let go, at once: the stream position of the first token, and the ids.
+            options: what else `load` takes, such as `device` or `dtype`, unless the model is loaded.
 
-        Raises what `load`, `attach` and `SinkCache.for_model` raise.
+        Raises what `load`, `attach` and `SinkCache.for_model` raise, and, with `system` or `pin`, what `dialogue` does.
         """
-        loaded = loaded_from(model, device, dtype)
+        loaded = loaded_from(model, options)
+        least = pinned(loaded, system, pin)
         sizes = sizes_for(loaded, sinks, window, advice_text)
-        return cls(loaded, sizes.sinks, sizes.window, advice=sizes.advice, on_evict=on_evict)
+        kept = max(sizes.sinks, least)
+        return cls(loaded, kept, sizes.window, system=system, advice=sizes.advice, on_evict=on_evict)
 
     # What it holds
 
@@ -175,6 +185,16 @@ class Session:
     def finish(self) -> Finish | None:
         """Why the last answer is over: "end", "stop" or "length"; None where none is, or it was left early."""
         return None if self._answer is None else self._answer.finish
+
+    @property
+    def answering(self) -> bool:
+        """Whether a dialogue stands inside an answer, with which `generate` would go on."""
+        return self._in_dialogue and self._history.newest not in (None, self.dialogue.end)
+
+    @cached_property
+    def dialogue(self) -> Dialogue:
+        """How `say` writes turns. Raises UnsupportedOption where the model has no template to follow."""
+        return Dialogue(self.loaded.tokenizer, self.system, self.loaded.source.name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -216,9 +236,57 @@ class Session:
         if not self.seen:
             raise InvalidInput("nothing was fed, and this model's texts begin with no token of their own: feed a text")
         self._turn += 1
-        sampler = Sampler(sampling, self._generator)
-        self._answer = Answer(sampler, self._pieces, self._ends, max_tokens, stop)
+        self._answer = self._new_answer(max_tokens, stop, sampling)
         return self._write(self._answer, self._turn)
+
+    def say(
+        self,
+        message: str,
+        *,
+        role: str = "user",
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """Read one message of a dialogue, in the model's own chat template, and hand out the answer as `generate` does.
+
+        Only what is new is read, and the message is in the stream once this returns. Until something is let go, the
+        stream is what the template makes of the whole dialogue, answers as the model wrote them. An answer may be left,
+        or cut by `max_tokens`; `generate` and `feed` go on with it, and the next message ends it. Special tokens
+        written in `message` are read as text: no message can forge a turn.
+
+        Raises InvalidInput where the stream began otherwise, and what `dialogue` and `Dialogue.opening` raise; nothing
+        is read then.
+        """
+        if self.seen and not self._in_dialogue:
+            raise InvalidInput(
+                "this stream began with other text, and a dialogue begins at the beginning of a stream: reset() it, or "
+                "go on with feed() and generate()"
+            )
+        if self.seen:
+            ids = self.dialogue.following(message, self._history.newest, role)
+        else:
+            ids = self.dialogue.opening(message, role)
+        answer = self._new_answer(max_tokens, stop, sampling, in_dialogue=True)
+        self._in_dialogue = True
+        self._read(ids, None)
+        self._turn, self._answer = self._turn + 1, answer
+        return self._write(answer, self._turn)
+
+    def resized(self, window: int, on_evict: Listen | None = None) -> Session:
+        """A session with another window that has read what is visible here, as one text, and goes on from there.
+
+        Where something was let go, what is left of the stream is read anew without it: positions, `seen` and `evicted`
+        count from the new beginning. System prompt, dialogue and random numbers go on.
+        """
+        self._check_moment()
+        options: Any = {"system": self.system, "advice": self.advice, "on_evict": on_evict, "chunk": self.chunk}
+        twin = Session(self.loaded, self.plan.sinks, window, **options)
+        twin.feed([token for _, ids in self._history.spans for token in ids])
+        twin._in_dialogue = self._in_dialogue
+        twin._pieces = self._pieces.fork()
+        twin._generator = self._generator.clone_state()
+        return twin
 
     def fork(self, on_evict: Listen | None = None) -> Session:
         """Another session at the same moment, random numbers included; from here on they share the model alone."""
@@ -239,7 +307,7 @@ class Session:
         """
         self._check_moment()
         no_logits = torch.zeros(self._vocabulary_size, dtype=self.loaded.model.dtype)
-        extras = pack(self._history, self._pieces, self._generator, self._logits, no_logits)
+        extras = pack(self._history, self._pieces, self._generator, self._logits, no_logits, self._in_dialogue)
         write_snapshot(path, self._cache, self.fingerprint, extras)
 
     def load(self, path: str | Path) -> None:
@@ -254,12 +322,14 @@ class Session:
         self._cache = cache
         self._history.adopt(parked.history)
         self._pieces.pending = parked.pending
+        self._in_dialogue = parked.in_dialogue
         self._generator.set_state(parked.generator)
         self._logits = None if parked.logits is None else parked.logits.to(self.loaded.model.device)
 
     def reset(self) -> None:
         """Forget the stream, random numbers included, and give its memory back: as just opened."""
         self._turn, self._answer, self._logits = self._turn + 1, None, None
+        self._in_dialogue = False
         self._cache.reset()
         self._history.adopt(History(self.plan))
         self._pieces.forget()
@@ -267,7 +337,15 @@ class Session:
 
     # How
 
+    def _new_answer(
+        self, max_tokens: int | None, stop: Iterable[str], sampling: Sampling, in_dialogue: bool = False
+    ) -> Answer:
+        """An answer not yet begun; in a dialogue, the template's end of an answer ends it too."""
+        ends = self._ends | {self.dialogue.end} if in_dialogue or self._in_dialogue else self._ends
+        return Answer(Sampler(sampling, self._generator), self._pieces, ends, max_tokens, stop)
+
     def _write(self, answer: Answer, turn: int) -> Iterator[str]:
+        """The answer as it is written. In a dialogue an end is noted as the template's, whichever the model chose."""
         self._check_turn(turn)
         if held := answer.begin():
             yield held
@@ -275,7 +353,7 @@ class Session:
             self._check_turn(turn)
             token, piece = answer.take(self._next_logits(), self._history)
             self._logits = None
-            self._history.extend([token])
+            self._history.extend([self.dialogue.end if answer.finish == "end" and self._in_dialogue else token])
             if piece:
                 yield piece
 

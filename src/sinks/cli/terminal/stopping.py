@@ -1,0 +1,50 @@
+"""Ctrl-C while a message is read or an answer written: noted at once, and obeyed where the stream can be left."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+PATIENCE = 3
+"""Ctrl-C that many times during one answer ends the program, wherever it is."""
+
+
+class Stopped(Exception):
+    """The reading of a message was given up between two chunks; what was read by then is in the stream."""
+
+
+class Stopper:
+    """Whether somebody wants the present answer to stop.
+
+    A forward pass that is broken off leaves a cache of no use, so Ctrl-C must not raise there. The loop that writes
+    looks at `asked` between two pieces; a long message is left where the session says what it lets go (`heard`).
+    """
+
+    def __init__(self) -> None:
+        self.presses = 0
+        self.reading = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether Ctrl-C came since `watching` began."""
+        return self.presses > 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, Ctrl-C is only counted; afterwards it is what it was before."""
+        self.presses = 0
+        before = signal.signal(signal.SIGINT, self._count)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def heard(self, start: int, ids: list[int]) -> None:
+        """The session's listener (`on_evict`): its state is whole when it tells us."""
+        if self.reading and self.asked:
+            raise Stopped
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.presses += 1
+        if self.presses >= PATIENCE:
+            raise KeyboardInterrupt
