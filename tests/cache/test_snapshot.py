@@ -136,7 +136,7 @@ def test_what_cannot_be_forked_or_dumped() -> None:
         (lambda held: held.update({"cache.seen": torch.tensor([-3])}), "do not agree"),
         (lambda held: held.update({"keys.0": held["keys.0"][:, :, :5]}), "do not fit a ring of 10"),
         (lambda held: held.update({"values.0": held["values.0"][:, :, :5]}), "do not fit a ring of 10"),
-        (lambda held: held.update({"keys.0": torch.cat([held["keys.0"]] * 2)}), "holds 2 rows"),
+        (lambda held: held.update({"keys.0": torch.cat([held["keys.0"]] * 2)}), "do not fit a ring of 10 in 1 rows"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_left(change: Callable, message: str) -> None:
@@ -188,8 +188,8 @@ def with_metadata(path: Path, **changes: str) -> None:
 
 
 def test_another_version_is_refused_by_name(saved: Path) -> None:
-    with_metadata(saved, version="2")
-    with pytest.raises(OtherVersion, match="format version '2', and this version of sinks reads 1"):
+    with_metadata(saved, version="3")
+    with pytest.raises(OtherVersion, match="format version '3', and this version of sinks reads 2"):
         read_snapshot(saved, MODEL, PRINT)
 
 
@@ -250,10 +250,10 @@ def test_junk_is_refused(tmp_path: Path, junk: bytes) -> None:
         b"[]",
         b"[" * 4000,
         b'{"__metadata__":3}',
-        b'{"__metadata__":{"format":"sinks.snapshot","version":"1"}}',
-        b'{"__metadata__":{"format":"sinks.snapshot","version":"1"},"a":{"data_offsets":[0]}}',
-        b'{"__metadata__":{"format":"sinks.snapshot","version":"1"},"a":{"data_offsets":"x"}}',
-        b'{"__metadata__":{"format":"sinks.snapshot","version":"1"},"a":7}',
+        b'{"__metadata__":{"format":"sinks.snapshot","version":"2"}}',
+        b'{"__metadata__":{"format":"sinks.snapshot","version":"2"},"a":{"data_offsets":[0]}}',
+        b'{"__metadata__":{"format":"sinks.snapshot","version":"2"},"a":{"data_offsets":"x"}}',
+        b'{"__metadata__":{"format":"sinks.snapshot","version":"2"},"a":7}',
     ],
 )
 def test_headers_that_are_none_are_refused(header: bytes, tmp_path: Path) -> None:
