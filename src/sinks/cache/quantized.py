@@ -10,7 +10,7 @@ same logits however it is cut into chunks. Keys are rounded as they are stored, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +93,14 @@ class Slots:
         return new.to(dtype).where(is_sink, codes * scales.to(dtype))
 
 
-def fit(sinks: Tensor, codes: Tensor, scales: Tensor, rows: int, plan: Plan) -> bool:
-    """Whether three tensors, of any shapes and types, are the `Slots` of so many rows of a plan."""
+def fit(parts: Sequence[Tensor], rows: int, plan: Plan) -> bool:
+    """Whether sinks, codes and scales, of any shapes and types, are the `Slots` of so many rows of a plan."""
+    sinks, codes, scales = parts
     if sinks.ndim != 4 or (codes.dtype, scales.dtype) != (torch.int8, torch.float32):
         return False
     _, kv_heads, _, dim = sinks.shape
     sizes = (plan.sinks, dim), (plan.window, dim), (plan.window, 1)
-    return [tuple(part.shape) for part in (sinks, codes, scales)] == [(rows, kv_heads, *size) for size in sizes]
+    return [tuple(part.shape) for part in parts] == [(rows, kv_heads, *size) for size in sizes]
 
 
 class QuantizedRing(Ring):
@@ -143,7 +144,7 @@ class QuantizedRing(Ring):
 
     def _check(self, parts: Mapping[str, Tensor], rows: int) -> None:
         tensors = [parts[name] for name in self.names]
-        if not (fit(*tensors[:3], rows, self.plan) and fit(*tensors[3:], rows, self.plan)):
+        if not (fit(tensors[:3], rows, self.plan) and fit(tensors[3:], rows, self.plan)):
             shapes = {name: list(parts[name].shape) for name in self.names}
             raise InvalidInput(f"slots of shapes {shapes} do not fit an int8 ring of {self.plan.capacity}")
 

@@ -133,10 +133,8 @@ def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) ->
         _refuse(path, f"its tensors do not agree with its header: {error}")
     try:
         sizes = {name: int(header.metadata[name]) for name in ("sinks", "window", "start")}
-        kind = next((kind for kind in KINDS if kind == header.metadata["cache"]), None)
-        if kind is None:
-            raise ValueError(f"cache={header.metadata['cache']!r} is unknown")
-        cache = SinkCache.for_model(model, **sizes, cache=kind)
+        kinds = dict(zip(map(str, KINDS), KINDS, strict=True))
+        cache = SinkCache.for_model(model, **sizes, cache=kinds[header.metadata["cache"]])
         own = [name for name in held if name.partition(".")[0] in _OWN]
         cache.adopt({name: held.pop(name).to(model.device) for name in own})
     except (KeyError, ValueError) as error:  # InvalidInput is a ValueError
