@@ -43,7 +43,7 @@ class Flags:
     ask: Annotated[
         str | None, typer.Option(help="With --continue: a line that is just this is not read, but asks for it at once.")
     ] = None
-    threshold: Annotated[float, typer.Option(help="Robust z-score from which a line is unusual.")] = 6.0
+    threshold: Annotated[float, typer.Option(help="Robust z-score from which a line can be unusual.")] = 4.0
     past: Annotated[int, typer.Option(help="With how many lines before it a line is compared, at most.")] = 512
     warm_up: Annotated[int, typer.Option(help="Lines before the first that can be unusual.")] = 64
     only_unusual: Annotated[bool, typer.Option("--only-unusual", help="Print unusual lines only.")] = False
@@ -77,8 +77,9 @@ def register(app: typer.Typer) -> None:
     def command(**flags: Any) -> None:
         """Read text from a pipe for ever, in constant memory: how surprising is each line, and which are unusual?
 
-        Each line is printed with its surprise in bits a token and its robust z-score among the lines before it; `!`
-        marks the unusual ones. Ctrl-C ends the reading, and so does the end of the input: a summary follows.
+        Each line is printed with its surprise in bits a token and its robust z-score among the lines before it. `!`
+        marks the unusual ones: z is --threshold or more, and at most one line in a hundred is as surprising. Ctrl-C
+        ends the reading, and so does the end of the input; a summary follows.
 
         journalctl -f | sinks stream --surprise
         """
@@ -127,11 +128,11 @@ def opened(flags: Flags) -> "Session":
     if flags.save is not None and not flags.save.absolute().parent.is_dir():
         raise InvalidInput(f"no stream can be kept as '{flags.save}': there is no such folder")
     loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
-    sinks = DEFAULT_SINKS if flags.sinks is None else flags.sinks
-    session = Session.open(loaded, sinks=sinks, window=flags.window)
     if flags.load is not None:
+        session = Session.open(loaded, sinks=0, window=1)  # fits any model; the file brings its own sizes
         session.load(flags.load)
-    return session
+        return session
+    return Session.open(loaded, sinks=DEFAULT_SINKS if flags.sinks is None else flags.sinks, window=flags.window)
 
 
 class Patience:
@@ -188,10 +189,11 @@ class Reader:
         """To the end of the input."""
         from sinks.reading.pipe import Lines
 
+        pipe: Any = sys.stdin.buffer  # buffered, whatever its type says
         lines = Lines()
         while True:
             with patience.waiting():
-                data = sys.stdin.buffer.read1(AT_ONCE)
+                data = pipe.read1(AT_ONCE)
             self.take(lines.push(data) if data else lines.finish(), patience)
             if not data:
                 return
@@ -241,11 +243,13 @@ class Reader:
 
     def judge(self, line: "Line", nll: list[float]) -> None:
         """Say how surprising a line was, its tokens having these nats. Empty lines are neither judged nor compared."""
+        from sinks.reading.pipe import Verdict
+
         self.nats += sum(nll)
         self.scored += len(nll)
         bits = sum(nll) / len(nll) / math.log(2) if nll else None
-        z = self.usual.judge(bits) if bits is not None and line.text.strip() else None
-        unusual = z is not None and z >= self.usual.rule.threshold
+        verdict = self.usual.judge(bits) if bits is not None and line.text.strip() else Verdict(None, False)
+        z, unusual = verdict.z, verdict.unusual
         self.unusual += unusual
         if self.flags.only_unusual and not unusual:
             return

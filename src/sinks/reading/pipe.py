@@ -88,22 +88,34 @@ class Lines:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a line is unusual: z = (surprise - median) / max(1.4826 * median distance from the median, `floor`) is at
-    least `threshold`, among the last `past` lines and never before `warm_up` of them.
+    """When a line is unusual, among the last `past` lines, and never before there are `warm_up` of them.
 
-    The floor keeps a log of equal lines from flagging every comma.
+    Both must hold: z = (surprise - median) / max(1.4826 * median distance from the median, `floor`) is at least
+    `threshold`, and at most a share `rare` of those lines is as surprising. The floor keeps a log of equal lines from
+    flagging every comma; the share, a log of two kinds of lines from flagging all of the rarer kind.
     """
 
-    threshold: float = 6.0
+    threshold: float = 4.0
     past: int = 512
     warm_up: int = 64
     floor: float = 0.25
+    rare: float = 0.01
 
     def __post_init__(self) -> None:
         if not self.threshold > 0 or not self.floor > 0:
             raise InvalidInput(f"threshold={self.threshold}, floor={self.floor}: give numbers above 0")
+        if not 0 <= self.rare <= 1:
+            raise InvalidInput(f"rare={self.rare}: give a share from 0 to 1")
         if not 2 <= self.warm_up <= self.past:
             raise InvalidInput(f"warm_up={self.warm_up}, past={self.past}: give at least 2, and no more than the past")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A line among the lines before it; `z` is None, and the line not unusual, where they are too few."""
+
+    z: float | None
+    unusual: bool
 
 
 class Usual:
@@ -114,14 +126,19 @@ class Usual:
         self._past: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def judge(self, surprise: float) -> float | None:
-        """z of a new line among the lines before it; None before there are enough. The line joins them."""
-        z = self._z(surprise) if len(self._past) >= self.rule.warm_up else None
+    def judge(self, surprise: float) -> Verdict:
+        """A new line among the lines before it, which it then joins."""
+        verdict = self._verdict(surprise) if len(self._past) >= self.rule.warm_up else Verdict(None, False)
         if len(self._past) == self.rule.past:
             del self._sorted[bisect_left(self._sorted, self._past.popleft())]
         self._past.append(surprise)
         insort(self._sorted, surprise)
-        return z
+        return verdict
+
+    def _verdict(self, surprise: float) -> Verdict:
+        z = self._z(surprise)
+        as_surprising = len(self._sorted) - bisect_left(self._sorted, surprise)
+        return Verdict(z, z >= self.rule.threshold and as_surprising <= self.rule.rare * len(self._sorted))
 
     def _z(self, surprise: float) -> float:
         middle = _middle(self._sorted)
