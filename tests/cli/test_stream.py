@@ -111,6 +111,21 @@ def test_any_bytes_are_read(stream: Command, model: Path, capsys: pytest.Capture
     assert [at for at, each in enumerate(found) if each["z"] is None] == [0, 1, 2, 5], "blank lines are not judged"
 
 
+def test_what_standard_output_cannot_write(stream: Command, monkeypatch: pytest.MonkeyPatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", written)
+    assert stream("naïve 🗼\n".encode()) == 0
+    assert written.buffer.getvalue().endswith(b"-  na?ve ?\n")  # type: ignore[attr-defined]
+
+
+def test_no_input_at_all(
+    stream: Command, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["stream", "--model", str(model)]) == 2
+    assert "there is no standard input to read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", [b"", b"\n", b"x"])
 def test_next_to_nothing(data: bytes, stream: Command, capsys: pytest.CaptureFixture[str]):
     assert stream(data) == 0

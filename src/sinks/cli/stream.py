@@ -117,6 +117,8 @@ def opened(flags: Flags) -> "Session":
     from sinks.models.load import load
     from sinks.stream.session import Session
 
+    if sys.stdin is None:  # closed by whoever started this process
+        raise InvalidInput("there is no standard input to read: pipe a text into sinks stream")
     if flags.continue_ is not None and flags.continue_ < 1:
         raise InvalidInput(f"continue must be at least 1 token, got {flags.continue_}")
     if flags.ask is not None and flags.continue_ is None:
@@ -255,11 +257,11 @@ class Reader:
             return
         if self.flags.json:
             told = {"line": line.number, "part": line.part, "tokens": len(nll), "bits_per_token": bits, "z": z}
-            typer.echo(json.dumps(told | {"unusual": unusual, "text": line.text}, ensure_ascii=False))
+            tell(json.dumps(told | {"unusual": unusual, "text": line.text}, ensure_ascii=False))
             return
         shown = line.text.translate(VISIBLE_CONTROLS)
         numbers = " ".join(f"{'-' if each is None else f'{each:.2f}':>7}" for each in (bits, z))
-        typer.echo(f"{'!' if unusual else ' '} {numbers}  {shown}")
+        tell(f"{'!' if unusual else ' '} {numbers}  {shown}")
 
     def go_on(self) -> None:
         """Write what might come next, on a copy of the stream, which itself does not read it."""
@@ -267,9 +269,9 @@ class Reader:
             return
         text = "".join(self.session.fork().generate(self.flags.continue_))
         if self.flags.json:
-            typer.echo(json.dumps({"after_line": self.lines, "continuation": text}, ensure_ascii=False))
+            tell(json.dumps({"after_line": self.lines, "continuation": text}, ensure_ascii=False))
         else:
-            typer.echo("\n".join(f"> {line.translate(VISIBLE_CONTROLS)}" for line in text.split("\n")))
+            tell("\n".join(f"> {line.translate(VISIBLE_CONTROLS)}" for line in text.split("\n")))
 
     def keep(self) -> None:
         """Save the stream, if that was asked for."""
@@ -281,3 +283,9 @@ class Reader:
         surprise = f", {self.nats / self.scored / math.log(2):.2f} bits a token" if self.scored else ""
         judged = f", {self.unusual:,} unusual" if self.flags.scores else ""
         return f"{self.lines:,} lines, {self.tokens:,} tokens{judged}{surprise}; cache {self.session.nbytes:,} bytes"
+
+
+def tell(line: str) -> None:
+    """Print a line at once, with `?` for what standard output cannot write: a log may hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    typer.echo(line.encode(encoding, "replace").decode(encoding))
