@@ -247,6 +247,12 @@ def test_reset_gives_the_memory_back() -> None:
     assert torch.equal(go_on(cache), first)
 
 
+def test_decoded_numbers_are_not_taken_for_the_ring_itself() -> None:
+    ring = fed().rings[0]
+    with pytest.raises(CacheError, match="take `parts`, or `decoded`"):
+        ring.held  # noqa: B018 (a property that raises)
+
+
 def test_other_kinds_are_refused(unchecked: None) -> None:
     with pytest.raises(InvalidInput, match="cache='int4' is unknown: choose one of full, int8"):
         SinkCache.for_model(TWO, cache="int4")  # type: ignore[arg-type]
@@ -287,4 +293,4 @@ def test_it_can_be_watched_and_stays_what_it_is(sizes: list[int]) -> None:
     torch.testing.assert_close(watched, plain, **CLOSE)
     last: Sight = next(sight for sight in reversed(sights) if sight.view.layer == 1)
     if sizes[-1] == 1:
-        assert torch.equal(last.key, watched_cache.rings[1].held[0]), "what is seen is the decoded ring"
+        assert torch.equal(last.key, watched_cache.rings[1].decoded[0]), "what is seen is the decoded ring"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float, Float32, Int8
@@ -121,8 +122,13 @@ class QuantizedRing(Ring):
         return self.slots
 
     @property
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, `[batch, kv_heads, capacity, head_dim]` each: decoded for the caller, not kept."""
+    def held(self) -> NoReturn:
+        """Refused: whoever wrote into decoded numbers would write nothing."""
+        raise CacheError("an int8 ring holds no keys and values as numbers: take `parts`, or `decoded`, a copy")
+
+    @property
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, `[batch, kv_heads, capacity, head_dim]` each, as queries see them: the caller's own."""
         return self._read(self.plan.capacity)
 
     @property
