@@ -136,7 +136,7 @@ def test_what_cannot_be_forked_or_dumped() -> None:
         (lambda held: held.update({"cache.seen": torch.tensor([-3])}), "do not agree"),
         (lambda held: held.update({"keys.0": held["keys.0"][:, :, :5]}), "do not fit a ring of 10"),
         (lambda held: held.update({"values.0": held["values.0"][:, :, :5]}), "do not fit a ring of 10"),
-        (lambda held: held.update({"keys.0": torch.cat([held["keys.0"]] * 2)}), "holds 2 rows"),
+        (lambda held: held.update({"keys.0": torch.cat([held["keys.0"]] * 2)}), "do not fit a ring of 10 in 1 rows"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_left(change: Callable, message: str) -> None:

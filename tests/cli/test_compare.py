@@ -76,6 +76,17 @@ def test_json_stands_alone_on_standard_output(compare: Command, tmp_path: Path, 
     assert "peak" in shown.err
 
 
+def test_eight_bits_beside_full_precision(compare: Command, capsys: pytest.CaptureFixture[str]):
+    assert compare("--arms", "sinks,window", "--cache", "int8") == 0
+    result = json.loads(Path("sinks-compare/compare.json").read_text())
+    arms = {arm["arm"]: arm for arm in result["arms"]}
+    assert list(arms) == ["window", "sinks", "sinks-int8"]
+    assert arms["sinks-int8"]["cache_bytes"] < arms["sinks"]["cache_bytes"] == arms["window"]["cache_bytes"]
+    (ratio,) = [each["ratio"] for each in result["ratios"] if (each["arm"], each["against"]) == ("sinks-int8", "sinks")]
+    assert 0.9 < ratio < 1.1 and ratio != 1
+    assert f"{ratio:.3f} times that of full precision" in " ".join(capsys.readouterr().out.split())
+
+
 def test_dense_reads_on_if_asked_to(compare: Command, capsys: pytest.CaptureFixture[str]):
     assert compare("--json", "--arms", "dense", "--beyond-trained-length") == 0
     (dense,) = json.loads(capsys.readouterr().out)["arms"]
@@ -113,6 +124,8 @@ def test_old_results_are_replaced_and_other_files_left(compare: Command, tmp_pat
         (["--arms", "sinks,dens"], f"no arm is called 'dens': the arms are {', '.join(ARMS)}"),
         (["--arms", ","], "no arm was asked for"),
         (["--dtype", "int3"], "int3"),
+        (["--cache", "int4"], "cache 'int4' is unknown: choose one of full, int8"),
+        (["--cache", "int8", "--arms", "dense"], "add it to the arms"),
         (["--text", "no such text"], "no such text"),
         (["--model", "no such model"], "no such model"),
     ],

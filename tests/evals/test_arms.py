@@ -33,6 +33,17 @@ def test_arms_keep_one_order_whatever_the_order_they_are_asked_in():
     assert list(found.items()) == [("dense", Dense(None)), ("sinks", Sinks(4, 12))]
 
 
+def test_another_cache_stands_beside_the_sinks_and_not_in_their_place():
+    settings = Settings(4, 12, arms=("sinks", "window"), cache="int8")
+    found = contenders(settings, tiny_model(), tiny_tokenizer(), bos=None)
+    expected = [("window", Sinks(0, 16)), ("sinks", Sinks(4, 12)), ("sinks-int8", Sinks(4, 12, "int8"))]
+    assert list(found.items()) == expected
+    full, coded = (found[name].read(tiny_model(), stream(), Pace(chunk=16)) for name in ("sinks", "sinks-int8"))
+    assert full.nll[1:5] == pytest.approx(coded.nll[1:5], abs=1e-12), "sinks are not rounded"
+    assert 0 < abs(full.nll[20:] - coded.nll[20:]).max() < 0.5
+    assert coded.cache_bytes.max() < full.cache_bytes.max() / 2
+
+
 def test_recomputation_begins_as_streams_do():
     found = contenders(Settings(4, 12, arms=("recompute",)), tiny_model(), tiny_tokenizer(bos=True), bos=BOS)
     assert found == {"recompute": Recompute(16, 128, 0, bos=BOS)}
@@ -56,6 +67,7 @@ def test_a_tokenizer_without_line_breaks_is_named_only_where_it_matters():
         ({"seed": -1}, "seed must be at least 0"),
         ({"arms": ()}, "no arm was asked for: the arms are dense, window"),
         ({"arms": ("dense", "windw")}, "no arm is called 'windw': the arms are dense, window, recompute, sinks, sweep"),
+        ({"cache": "int8", "arms": ("dense", "window")}, "compared with the arm 'sinks': add it to the arms"),
         ({"sinks": 1, "window": 7}, "the sweep keeps up to 8 sinks, and sinks \\+ window is only 8"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Ring(CacheLayerMixin):
     """`[batch, kv_heads, capacity, head_dim]` keys, each turned once by its stream position, and their values."""
 
     is_sliding = False
+    names: tuple[str, ...] = ("keys", "values")
+    """What the tensors of `parts` are called."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -36,11 +38,13 @@ class Ring(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Claim the memory of every slot, once and for all."""
-        slots = (*key_states.shape[:2], self.plan.capacity)
         with torch.inference_mode(False):  # or a later pass outside of inference mode could not write
-            self.keys = torch.zeros(*slots, key_states.shape[-1], dtype=key_states.dtype, device=key_states.device)
-            self.values = torch.zeros(*slots, value_states.shape[-1], dtype=key_states.dtype, device=key_states.device)
+            self._claim(key_states, value_states)
         self.is_initialized = True
+
+    def _claim(self, key: Tensor, value: Tensor) -> None:
+        slots = (*key.shape[:2], self.plan.capacity)
+        self.keys, self.values = key.new_zeros(*slots, key.shape[-1]), key.new_zeros(*slots, value.shape[-1])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys through: the attention function, not the model, reads and writes the ring."""
@@ -82,9 +86,10 @@ class Ring(CacheLayerMixin):
         bias = block.bias(scoring.slopes, table_dtype(query.dtype))
         if block.is_step:
             self._write(key, value, block)
-        keys, values = (held[:, :, : block.filled] for held in self.held)
+        keys, values = self._read(block.filled)
         if not block.is_step:
-            keys, values = torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
+            seen_keys, seen_values = self._as_kept(key, value, block)
+            keys, values = torch.cat((keys, seen_keys), dim=2), torch.cat((values, seen_values), dim=2)
         sinks = min(self.plan.sinks, block.filled)
         if observed is None:
             out = attend_block(recent_query, sink_query, keys, values, sinks=sinks, bias=bias, scoring=scoring)
@@ -98,6 +103,15 @@ class Ring(CacheLayerMixin):
         if not block.is_step:
             self._write(key, value, block)
         return out
+
+    def _read(self, filled: int) -> tuple[Tensor, Tensor]:
+        """The first `filled` slots, as queries see them."""
+        keys, values = self.held
+        return keys[:, :, :filled], values[:, :, :filled]
+
+    def _as_kept(self, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """New keys and values as they will be read back once they are written."""
+        return key, value
 
     def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
         rows, slots, columns = block.writes
@@ -115,23 +129,39 @@ class Ring(CacheLayerMixin):
         return self.keys, self.values
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """Every tensor that this layer holds, by its name in `names`: its own, not copies; rows come first."""
+        return dict(zip(self.names, self.held, strict=True))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(held.nbytes for held in self.held) if self.is_initialized else 0
+        return sum(part.nbytes for part in self.parts.values()) if self.is_initialized else 0
 
-    def adopt(self, keys: Tensor, values: Tensor, columns_fed: int) -> None:
-        """Take over slots that an equal ring held; they become this ring's own memory."""
-        for held in (keys, values):
-            if held.ndim != 4 or held.shape[:3] != keys.shape[:3] or held.shape[2] != self.plan.capacity:
-                raise InvalidInput(f"slots of shape {list(held.shape)} do not fit a ring of {self.plan.capacity}")
-        self.keys, self.values, self.columns_fed = keys, values, columns_fed
+    def adopt(self, parts: Mapping[str, Tensor], rows: int, columns_fed: int) -> None:
+        """Take over what an equal ring held; it becomes this ring's own memory. Raises InvalidInput if it differs."""
+        self._check(parts, rows)
+        self._hold(parts)
+        self.columns_fed = columns_fed
         self.is_initialized = True
+
+    def _check(self, parts: Mapping[str, Tensor], rows: int) -> None:
+        heads = parts["keys"].shape[:2]
+        for held in parts.values():
+            if held.ndim != 4 or held.shape[:2] != heads or len(held) != rows or held.shape[2] != self.plan.capacity:
+                raise InvalidInput(
+                    f"slots of shape {list(held.shape)} do not fit a ring of {self.plan.capacity} in {rows} rows"
+                )
+
+    def _hold(self, parts: Mapping[str, Tensor]) -> None:
+        self.keys, self.values = (parts[name] for name in self.names)
 
     def select_rows(self, rows: Tensor) -> None:
         """Make row i a copy of the present row `rows[i]`."""
         if self.is_initialized:
             with torch.inference_mode(False):
-                self.keys, self.values = (held.index_select(0, rows.to(held.device)) for held in self.held)
+                chosen = {name: part.index_select(0, rows.to(part.device)) for name, part in self.parts.items()}
+            self._hold(chosen)
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""

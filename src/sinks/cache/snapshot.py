@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sinks.cache.cache import SinkCache
+from sinks.cache.cache import KINDS, RINGS, SinkCache
 from sinks.errors import DamagedSnapshot, OtherModel, OtherVersion, SnapshotError
 
 VERSION = 2
@@ -32,7 +32,8 @@ CHUNK = 1 << 23
 _LONGEST_HEADER = 1 << 22
 _NO_DIGEST = b"0" * 64
 _DIGEST_KEY = b'"checksum":"'
-_OWN = ("keys.", "values.", "cache.")
+_OWN = {"cache", *(name for kind in KINDS for name in RINGS[kind].names)}
+"""What the names of a cache's own tensors begin with, before a dot."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras:
         "sinks": str(cache.sinks),
         "window": str(cache.window),
         "start": str(cache.start),
+        "cache": cache.kind,
         "checksum": _NO_DIGEST.decode(),
     }
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in (cache.dump() | dict(extras)).items()}
@@ -131,8 +133,10 @@ def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) ->
         _refuse(path, f"its tensors do not agree with its header: {error}")
     try:
         sizes = {name: int(header.metadata[name]) for name in ("sinks", "window", "start")}
-        cache = SinkCache.for_model(model, **sizes)
-        cache.adopt({name: held.pop(name).to(model.device) for name in list(held) if name.startswith(_OWN)})
+        kinds = dict(zip(map(str, KINDS), KINDS, strict=True))
+        cache = SinkCache.for_model(model, **sizes, cache=kinds[header.metadata["cache"]])
+        own = [name for name in held if name.partition(".")[0] in _OWN]
+        cache.adopt({name: held.pop(name).to(model.device) for name in own})
     except (KeyError, ValueError) as error:  # InvalidInput is a ValueError
         _refuse(path, f"what it holds is no stream of this model: {error}")
     return cache, held

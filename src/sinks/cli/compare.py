@@ -12,6 +12,7 @@ from sinks.cli.flags import AcceptTerms, Device, Dtype
 from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
+    from sinks.cache.cache import Kind
     from sinks.evals.arms import Settings
     from sinks.evals.compare import Comparison
 
@@ -42,6 +43,9 @@ class Flags:
             help="Which of dense, window, recompute, sinks, sweep, newlines, with commas between; by default all."
         ),
     ] = None
+    cache: Annotated[
+        str, typer.Option(help="full, or int8: measures the sinks a second time, with 8 bits a number.")
+    ] = "full"
     seed: Annotated[int, typer.Option(help="Draws the positions at which re-computation is measured.")] = 0
     samples: Annotated[int, typer.Option(help="At how many positions re-computation is measured.")] = 128
     chunk: Annotated[int, typer.Option(help="Tokens read in one forward pass: changes speed and memory only.")] = 256
@@ -112,7 +116,19 @@ def settings_of(flags: Flags) -> "Settings":
         samples=flags.samples,
         chunk=flags.chunk,
         beyond_trained_length=flags.beyond_trained_length,
+        cache=kind_of(flags.cache),
     )
+
+
+def kind_of(name: str) -> "Kind":
+    """The kind of cache of this name. Raises InvalidInput for an unknown one."""
+    from sinks.cache.cache import KINDS
+    from sinks.errors import InvalidInput
+
+    kinds = dict(zip(map(str, KINDS), KINDS, strict=True))
+    if name not in kinds:
+        raise InvalidInput(f"cache {name!r} is unknown: choose one of {', '.join(kinds)}")
+    return kinds[name]
 
 
 def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str, Any]]:

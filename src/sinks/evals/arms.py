@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinks.cache.cache import KINDS, Kind
 from sinks.errors import InvalidInput
 from sinks.evals.contenders import Contender, Dense, Newlines, Recompute, Sinks
 from sinks.models.families import describe
@@ -23,6 +24,7 @@ class Settings:
     Every bounded arm holds `sinks + window` keys. `arms` are of `ARMS`. Re-computation is measured at `samples`
     positions, which `seed` draws. `chunk` tokens go into one forward pass, and the last `singles` tokens are read one
     by one, for the latency. Dense attention stops at the model's trained length unless `beyond_trained_length`.
+    With a `cache` other than "full" the arm `sinks` is measured again with it, as `sinks-int8`.
     """
 
     sinks: int
@@ -33,6 +35,7 @@ class Settings:
     chunk: int = 256
     singles: int = 32
     beyond_trained_length: bool = False
+    cache: Kind = "full"
 
     def __post_init__(self) -> None:
         for name in ("sinks", "window", "samples", "chunk", "singles"):
@@ -45,6 +48,10 @@ class Settings:
             raise InvalidInput(f"no arm was asked for: the arms are {', '.join(ARMS)}")
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise InvalidInput(f"no arm is called {unknown[0]!r}: the arms are {', '.join(ARMS)}")
+        if self.cache not in KINDS:
+            raise InvalidInput(f"cache={self.cache!r} is unknown: choose one of {', '.join(KINDS)}")
+        if self.cache != "full" and "sinks" not in self.arms:
+            raise InvalidInput(f"cache={self.cache!r} is compared with the arm 'sinks': add it to the arms")
         if "sweep" in self.arms and self.capacity <= max(SWEEP):
             raise InvalidInput(
                 f"the sweep keeps up to {max(SWEEP)} sinks, and sinks + window is only {self.capacity}: "
@@ -88,6 +95,8 @@ def contenders(
                 found[arm] = Recompute(capacity, settings.samples, settings.seed, bos)
             case "sinks":
                 found[arm] = Sinks(settings.sinks, settings.window)
+                if settings.cache != "full":
+                    found[f"{arm}-{settings.cache}"] = Sinks(settings.sinks, settings.window, settings.cache)
             case "sweep":
                 found |= {f"sweep-{kept}": Sinks(kept, capacity - kept) for kept in SWEEP}
             case "newlines":

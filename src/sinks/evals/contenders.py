@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sinks.cache.cache import SinkCache
+from sinks.cache.cache import Kind, SinkCache
 from sinks.reading.perplexity import Score, finite, score, surprise
 from sinks.types import Listener, ignore
 
@@ -78,10 +78,14 @@ class Dense:
 
 @dataclass(frozen=True)
 class Sinks:
-    """The first `sinks` tokens and the `window` most recent ones. With no sinks this is the plain sliding window."""
+    """The first `sinks` tokens and the `window` most recent ones. With no sinks this is the plain sliding window.
+
+    `cache` is how the recent ones are held; see `SinkCache.for_model`.
+    """
 
     sinks: int
     window: int
+    cache: Kind = "full"
 
     @property
     def keeps(self) -> str:
@@ -94,7 +98,7 @@ class Sinks:
         return None
 
     def read(self, model: PreTrainedModel, ids: Int[Tensor, " tokens"], pace: Pace) -> Score:
-        cache = SinkCache.for_model(model, sinks=self.sinks, window=self.window)
+        cache = SinkCache.for_model(model, sinks=self.sinks, window=self.window, cache=self.cache)
         return score(model, ids, cache, pace.chunk, singles=pace.singles, listen=pace.listen)
 
 

@@ -45,6 +45,7 @@ PENS = {
     "window": Pen("window only", "#D55E00", 2.2),
     "dense": Pen("dense", INK, 1.6),
     "sinks": Pen("sinks", "#0072B2", 3.0),
+    "sinks-int8": Pen("sinks, 8 bits", "#56B4E9", 1.8, (4.0, 1.5)),
     "newlines": Pen("line breaks as sinks", "#009E73", 1.6, (2.5, 1.2)),
     "recompute": Pen("re-computed", "#CC79A7", 1.6),
 }
@@ -89,7 +90,7 @@ def draw_perplexity(axes: Axes, comparison: Comparison) -> None:
     ends = bin_ends(comparison.tokens)
     middles = (np.append(0, ends[:-1]) + ends) / 2
     labels = []
-    for name, pen in pens(comparison, "window", "dense", "sinks", "newlines"):
+    for name, pen in pens(comparison, "window", "dense", "sinks", "sinks-int8", "newlines"):
         values = np.array(along(comparison.nll(name), ends), dtype=float)
         line = axes.plot(middles, values, color=pen.colour, lw=pen.width, solid_capstyle="round")[0]
         if pen.dashes:
@@ -135,7 +136,7 @@ def remark(axes: Axes, at: int, side: Literal["left", "right"], text: str) -> No
 def draw_memory(axes: Axes, comparison: Comparison) -> None:
     """Bytes of keys and values along the stream."""
     labels = []
-    for name, pen in pens(comparison, "dense", "window", "sinks"):
+    for name, pen in pens(comparison, "dense", "window", "sinks", "sinks-int8"):
         score = comparison.arms[name].score
         axes.plot(score.read, score.cache_bytes, color=pen.colour, lw=pen.width, solid_capstyle="round")
         if name != "window" or "sinks" not in comparison.arms:  # as many keys, as many bytes: one line over the other
@@ -151,7 +152,7 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
 
 def draw_time(axes: Axes, comparison: Comparison) -> None:
     """Milliseconds to read one token at the end of the stream, one bar an arm."""
-    bars = pens(comparison, "recompute", "dense", "sinks", "window")
+    bars = pens(comparison, "recompute", "dense", "sinks-int8", "sinks", "window")
     for height, (name, pen) in enumerate(bars):
         latency = comparison.arms[name].score.latency
         axes.barh(height, latency, color=pen.colour, height=0.62)

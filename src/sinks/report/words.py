@@ -24,6 +24,7 @@ def reading(comparison: Comparison) -> str:
         dense_sentence(comparison),
         sweep_sentence(comparison),
         newlines_sentence(comparison),
+        int8_sentence(comparison),
         recompute_sentence(comparison),
         f"What leaves the {comparison.settings.capacity:,} keys is forgotten: the stream has no end, but the window "
         "is no longer than before.",
@@ -106,6 +107,18 @@ def newlines_sentence(comparison: Comparison) -> str | None:
     verdict = "it is the place that makes a sink, not the token" if ratio.value <= CLOSE else "the token matters too"
     breaks = plural(comparison.settings.sinks, "line break")
     return f"With {breaks} in place of the sinks perplexity is {ratio.value:.2f} times theirs: {verdict}."
+
+
+def int8_sentence(comparison: Comparison) -> str | None:
+    """What 8 bits a number save, and what they cost."""
+    ratio = comparison.ratio("sinks-int8", "sinks")
+    if ratio is None:
+        return None
+    share = comparison.arms["sinks-int8"].cache_bytes / comparison.arms["sinks"].cache_bytes
+    return (
+        f"With recent keys and values in 8 bits the cache takes {share:.0%} of its bytes, and perplexity is "
+        f"{ratio.value:.3f} times that of full precision (standard error {ratio.error:.3f})."
+    )
 
 
 def recompute_sentence(comparison: Comparison) -> str | None:
