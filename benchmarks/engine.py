@@ -47,7 +47,8 @@ def filled(loaded: Loaded, ids: list[int], slots: int, longest: int) -> tuple[En
     """An engine all of whose rows write, ragged: the n-th has read n / `slots` of `longest` tokens."""
     engine = Engine(loaded, slots)
     lengths = [longest * (n + 1) // slots for n in range(slots)]
-    requests = [engine.submit(ids[17 * n : 17 * n + length], sampling=endless(loaded)) for n, length in enumerate(lengths)]
+    prompts = [ids[17 * n : 17 * n + length] for n, length in enumerate(lengths)]
+    requests = [engine.submit(prompt, sampling=endless(loaded)) for prompt in prompts]
     while any(request.tokens < 2 for request in requests):
         engine.step()
     return engine, requests
@@ -120,18 +121,16 @@ def profile(loaded: Loaded, ids: list[int], slots: int, longest: int, steps: int
     """Milliseconds: a batched step, and the same tokens through the model alone, which is its products."""
     engine, _ = filled(loaded, ids, slots, longest)
     fed = torch.tensor(ids[:slots])[:, None]
-    found = [
-        (timed(engine.step), timed(lambda: loaded.model(input_ids=fed, use_cache=False)), timed(lambda: fed_one(loaded)))
-        for _ in range(steps)
-    ]
+    works = [engine.step, lambda: read_alone(loaded, fed), lambda: read_alone(loaded, fed[:1])]
+    found = [[timed(work) for work in works] for _ in range(steps)]
     engine.close()
     step, products, single = (1000 * statistics.median(column) for column in zip(*found, strict=True))
     return {"step_ms": step, "products_of_all_rows_ms": products, "products_of_one_row_ms": single}
 
 
-def fed_one(loaded: Loaded) -> None:
-    """One token through the model, without a past."""
-    loaded.model(input_ids=torch.tensor([[1]]), use_cache=False)
+def read_alone(loaded: Loaded, fed: torch.Tensor) -> None:
+    """One token a row through the model, without a past."""
+    loaded.model(input_ids=fed, use_cache=False)
 
 
 def main() -> None:

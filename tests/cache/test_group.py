@@ -84,7 +84,8 @@ def test_what_is_no_group_is_refused():
     caches = caches_for(model)
     two = SinkCache.for_model(model, sinks=3, window=9)
     model(input_ids=tokens(3, batch=2), past_key_values=two)
-    for wrong in ([], [two], [caches[0], caches[0]], [caches[0], SinkCache.for_model(model, sinks=3, window=9, start=5)]):
+    later = SinkCache.for_model(model, sinks=3, window=9, start=5)
+    for wrong in ([], [two], [caches[0], caches[0]], [caches[0], later]):
         with pytest.raises(InvalidInput):
             Group(wrong)
     for shape in ((2, 1), (1, 2)):

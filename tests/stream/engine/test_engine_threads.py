@@ -12,7 +12,7 @@ from sinks.errors import EngineClosed, QueueFull
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import BUFFER
 from sinks.stream.sampling import Sampling
-from tests.stream.engine.test_engine import PROMPTS, alone, engine
+from tests.stream.engine.rows import PROMPTS, alone, engine
 from tests.stream.opened import IDS, WARM
 
 PATIENCE = 60.0

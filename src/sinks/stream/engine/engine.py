@@ -10,12 +10,13 @@ from typing import Any
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from sinks.cache.plan import Plan
-from sinks.errors import BrokenCache, EngineClosed, EngineError, InvalidInput, QueueFull, RequestFailed, SinksError
+from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
-from sinks.stream.engine.request import Ask, End, Request, Stream
+from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row, read_newest
 from sinks.stream.engine.schedule import Scheduler, Turn
+from sinks.stream.engine.worker import Worker
 from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import CHUNK, Session
@@ -57,8 +58,7 @@ class Engine:
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists above; never held during a pass
         self._stepping = threading.RLock()  # the rows; held during a step, and always taken before the other
-        self._work = threading.Event()
-        self._worker: threading.Thread | None = None
+        self._worker = Worker(self.step, self._on_fault)
 
     # What is asked of it, from any thread
 
@@ -176,7 +176,7 @@ class Engine:
             row = stream.row
             if row is None:
                 row = Row(self._ground) if stream.source is None else Row.load(self._ground, stream.source)
-            self._prepare(request, row)
+            request.prepare(row)
         except Exception as error:
             self._fail(request, error)
             if stream.row is None:
@@ -189,18 +189,6 @@ class Engine:
             self._streams[stream.number] = stream
             if request.finish is None:
                 self._scheduler.begin(request.number, len(request.ids))
-
-    def _prepare(self, request: Request, row: Row) -> None:
-        """Know which ids are to be read, now that it is known where the stream stands."""
-        given, begins = request.ask.given, not row.history.seen
-        if isinstance(given, str) and begins != request.begins:
-            request.ids = self._ground.encode(given, begins)
-        if begins and not request.ids:
-            request.ids = self._ground.encode("", True)
-        if begins and not request.ids:
-            raise InvalidInput("nothing was fed, and this model's texts begin with no token of their own: give a text")
-        if given is not None:
-            row.pieces.forget()
 
     def _read(self, number: int, count: int) -> None:
         """Read the next `count` tokens of a request."""
@@ -275,18 +263,10 @@ class Engine:
     # Ends
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request with what went wrong: its own mistake as it is, anything else as a failed step."""
-        told = error
-        if not isinstance(error, SinksError):
-            told = RequestFailed(
-                f"a step failed under this request ({type(error).__name__}: {error}): other requests go on; submit it "
-                "again"
-            )
-            told.__cause__ = error
-        assert isinstance(told, Exception)
+        """End a request with what went wrong."""
         with self._lock:
             if request.finish is None:
-                self._end(request, "failed", told)
+                self._end(request, "failed", failure_of(error))
 
     def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
         self._scheduler.finish(request.number)
@@ -372,30 +352,16 @@ class Engine:
         """Step in a thread of its own from now on, whenever there is something to do."""
         with self._lock:
             self._check_open(None)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._keep_stepping, name="sinks-engine", daemon=True)
-                self._worker.start()
+            self._worker.start()
         return self
-
-    def _keep_stepping(self) -> None:
-        while self._closed is None:
-            self._work.clear()
-            try:
-                if self.step():
-                    continue
-            except Exception as error:  # a fault of the engine itself: nobody may wait for it for ever
-                why = EngineClosed(f"the engine failed ({type(error).__name__}: {error}): make a new one")
-                why.__cause__ = error
-                self._close(why)
-            self._work.wait()
 
     def wake(self) -> None:
         """There may be something to do."""
-        self._work.set()
+        self._worker.wake()
 
     def advance(self, request: Request) -> None:
         """Bring a request that has no piece forward: wait for the worker, or step."""
-        if self._worker is not None:
+        if self._worker.started:
             request.wait()
         elif not self.step() and not request.ready:
             raise EngineError(
@@ -406,14 +372,18 @@ class Engine:
     def close(self) -> None:
         """End every request with EngineClosed, and give the memory back."""
         self._close(EngineClosed("the engine was closed: make a new one"))
-        worker = self._worker
-        if worker is not None and worker is not threading.current_thread():
-            worker.join()
+        self._worker.join()
+
+    def _on_fault(self, error: Exception) -> None:
+        """A fault of the engine itself: nobody may wait for it for ever."""
+        why = EngineClosed(f"the engine failed ({type(error).__name__}: {error}): make a new one")
+        why.__cause__ = error
+        self._close(why)
 
     def _close(self, why: EngineClosed) -> None:
         with self._lock:
             self._closed = self._closed or why
-        self.wake()
+        self._worker.end()
         with self._stepping, self._lock:
             for request in list(self._requests.values()):
                 self._end(request, "failed", why)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sinks.cache.plan import check_whole
-from sinks.errors import SinksError
+from sinks.errors import InvalidInput, RequestFailed, SinksError
 from sinks.stream.answer import Answer, Finish
 from sinks.stream.engine.row import Given, Row
 from sinks.stream.pieces import check_stops
@@ -95,6 +95,18 @@ class Request:
         self._engine.wake()
         return pieces
 
+    def prepare(self, row: Row) -> None:
+        """Know which ids are to be read, now that it is known where the stream stands."""
+        given, begins = self.ask.given, not row.history.seen
+        if isinstance(given, str) and begins != self.begins:
+            self.ids = row.ground.encode(given, begins)
+        if begins and not self.ids:
+            self.ids = row.ground.encode("", True)
+        if begins and not self.ids:
+            raise InvalidInput("nothing was fed, and this model's texts begin with no token of their own: give a text")
+        if given is not None:
+            row.pieces.forget()
+
     def cancel(self) -> None:
         """End the request where it is; takes effect within a step. What was written stays in the stream."""
         self._engine.cancel(self)
@@ -133,6 +145,17 @@ class Request:
     def _tell(self) -> None:
         if self._on_news is not None:
             self._on_news()
+
+
+def failure_of(error: BaseException) -> Exception:
+    """How a request tells what went wrong under it: a mistake in the request as it is, anything else as a failed step."""
+    if isinstance(error, SinksError):
+        return error
+    told = RequestFailed(
+        f"a step failed under this request ({type(error).__name__}: {error}): other requests go on; submit it again"
+    )
+    told.__cause__ = error
+    return told
 
 
 class Stream:
