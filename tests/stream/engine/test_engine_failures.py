@@ -7,7 +7,7 @@ import torch
 
 from sinks.errors import CacheError, EngineClosed, EngineError, RequestFailed
 from sinks.stream.engine.engine import Engine
-from sinks.stream.engine.request import BUFFER
+from sinks.stream.engine.request import BUFFER, Request
 from sinks.stream.sampling import Sampling
 from tests.stream.engine.rows import PROMPTS, RARE, alone, engine, failing_on
 from tests.stream.opened import IDS, SINKS, WINDOW, opened, tiny_loaded
@@ -67,6 +67,25 @@ def test_ctrl_c_in_a_step_loses_nothing():
     with failing_on(RARE, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         together.run()
     assert request.text() == expected and request.tokens == 3
+
+
+@pytest.mark.parametrize("where", ["prepare", "read", "choose"])
+def test_ctrl_c_between_planning_and_doing_loses_nothing(where, monkeypatch):
+    together = engine()
+    requests = [together.submit(IDS[n : 12 + n], max_tokens=3) for n in range(3)]
+    owner, name = {"prepare": (Request, "prepare"), "read": (Engine, "_read"), "choose": (Engine, "_choose")}[where]
+    original, calls = getattr(owner, name), []
+
+    def broken_off(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        together.run()
+    assert [request.text() for request in requests] == [alone(IDS[n : 12 + n], 3) for n in range(3)]
 
 
 def test_a_writer_whose_pieces_nobody_reads_pauses():

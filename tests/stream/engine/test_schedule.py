@@ -122,7 +122,8 @@ def test_a_request_behind_a_busy_stream_holds_up_nobody():
     scheduler = Scheduler(slots=2, queue=9, chunk=8)
     for request, stream in enumerate([0, 0, 0, 1]):
         scheduler.submit(request, stream)
-    assert scheduler.admit() == (0, 3)
+    assert scheduler.admit() == (0, 3) == scheduler.admit()
+    scheduler.begin(3, 1)
     scheduler.finish(0)
     assert scheduler.admit() == (1,) and scheduler.waiting == 1
 
@@ -149,7 +150,7 @@ def test_what_is_left_of_a_chunk_goes_to_the_next():
     scheduler = Scheduler(slots=4, queue=9, chunk=100)
     for request, tokens in enumerate([40, 500, 500, 10]):
         scheduler.submit(request, request)
-        scheduler.admit()
+        assert scheduler.admit() == (request,)
         scheduler.begin(request, tokens)
     assert scheduler.turn(bool).reads == ((0, 40), (1, 60))
     assert scheduler.turn(bool).reads == ((2, 100),)

@@ -222,7 +222,9 @@ class Engine:
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
-        if request.answer is None:
+        if request.ids:  # a step was broken off before it read what it had planned to
+            self._read(request.number, len(request.ids))
+        if request.finish is None and request.answer is None:
             ask = request.ask
             request.answer = row.answer(ask.sampling, ask.max_tokens, ask.stop)
             self._hand_out(request, request.answer.begin())

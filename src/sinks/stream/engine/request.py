@@ -148,7 +148,7 @@ class Request:
 
 
 def failure_of(error: BaseException) -> Exception:
-    """How a request tells what went wrong under it: a mistake in the request as it is, anything else as a failed step."""
+    """What a request raises: a mistake in the request as it is, anything else as a failed step."""
     if isinstance(error, SinksError):
         return error
     told = RequestFailed(

@@ -46,6 +46,7 @@ class Scheduler:
         self.held: set[int] = set()
         self._waiting: dict[int, int] = {}  # request -> stream, in order of submission
         self._running: dict[int, int] = {}  # request -> stream, admitted
+        self._admitted: dict[int, None] = {}  # running, and not begun
         self._unread: dict[int, int] = {}  # reader -> tokens left to read
         self._readers: deque[int] = deque()
         self._writers: dict[int, None] = {}
@@ -57,19 +58,20 @@ class Scheduler:
         self._waiting[request] = stream
 
     def admit(self) -> tuple[int, ...]:
-        """Give slots to those whose turn it is; returns who was admitted. `begin` each of them."""
-        busy, admitted = set(self._running.values()), list[int]()
+        """Give slots to those whose turn it is; returns everybody who was admitted and not begun: `begin` each."""
+        busy = set(self._running.values())
         for request, stream in list(self._waiting.items()):
             if stream in busy or (stream not in self.held and len(self.held) >= self.slots):
                 continue
             self.held.add(stream)
             busy.add(stream)
             self._running[request] = self._waiting.pop(request)
-            admitted.append(request)
-        return tuple(admitted)
+            self._admitted[request] = None
+        return tuple(self._admitted)
 
     def begin(self, request: int, tokens: int) -> None:
         """An admitted request has `tokens` to read before it writes."""
+        del self._admitted[request]
         if tokens:
             self._unread[request] = tokens
             self._readers.append(request)
@@ -99,6 +101,7 @@ class Scheduler:
         """This request is over, wherever it was; its stream keeps its slot."""
         self._waiting.pop(request, None)
         self._running.pop(request, None)
+        self._admitted.pop(request, None)
         self._writers.pop(request, None)
         if self._unread.pop(request, None) is not None:
             self._readers.remove(request)
