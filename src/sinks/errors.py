@@ -13,6 +13,10 @@
     │       ├── DamagedSnapshot     the file is not what was written
     │       ├── OtherVersion        it was written in another format
     │       └── OtherModel          it belongs to another model
+    ├── EngineError             an engine cannot serve a request
+    │   ├── QueueFull               as many requests wait as may wait
+    │   ├── RequestFailed           a step failed under this request
+    │   └── EngineClosed            the engine was closed
     └── AssetError              a model or text could not be had
         ├── UnknownName         no such model or text
         ├── FetchError          the download failed
@@ -73,6 +77,22 @@ class OtherVersion(SnapshotError):
 
 class OtherModel(SnapshotError):
     """The snapshot holds keys of another model, or of the same one with other weights or another data type."""
+
+
+class EngineError(SinksError):
+    """An engine cannot serve a request."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may wait, or every slot is taken; try again when one is over."""
+
+
+class RequestFailed(EngineError):
+    """A step failed under this request; `__cause__` says why. Other requests go on."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed, and its requests with it."""
 
 
 class AssetError(SinksError):

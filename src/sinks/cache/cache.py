@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from sinks.cache.arrival import Arrival
+from sinks.cache.arrival import Arrival, Block
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.quantized import QuantizedRing
 from sinks.cache.ring import Ring
@@ -175,11 +175,21 @@ class SinkCache(Cache):
         """
         if self._arrival is None:
             raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
-        ring, scheme = self.rings[layer], self._scheme.layers[layer]
-        rotary = None if scheme.rotary is None else self._rotaries[scheme.rotary]
-        scoring = Scoring(rotary=rotary, slopes=self._scheme.slopes, **options)
+        ring, scoring = self.rings[layer], self.scoring(layer, **options)
         blocks = self._arrival.blocks(ring.plan, query.device)
         return ring.attend(query, key, value, blocks, scoring, (layer, lenses) if lenses else None)
+
+    def scoring(self, layer: int, **options: Any) -> Scoring:
+        """How one layer scores; `options` as for `attend`."""
+        scheme = self._scheme.layers[layer]
+        rotary = None if scheme.rotary is None else self._rotaries[scheme.rotary]
+        return Scoring(rotary=rotary, slopes=self._scheme.slopes, **options)
+
+    def step_of(self, layer: int, device: torch.device) -> Block:
+        """The token of the open pass, which must be one token a row, as a layer meets it. For the rows of a `Group`."""
+        if self._arrival is None or self._arrival.columns != 1:
+            raise CacheError("no forward pass of one token a row is open on this SinkCache")
+        return self._arrival.blocks(self.rings[layer].plan, device)[0]
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""
@@ -192,6 +202,18 @@ class SinkCache(Cache):
         self._seen = arrival.seen_after
         for ring in self.rings:
             ring.columns_fed += arrival.columns
+
+    def retract_pass(self) -> None:
+        """End a pass of one token a row that was broken off as if it had never begun; feed that same token next.
+
+        Nothing is lost, however far it got: the slot that the token takes held the key that leaves the window with it,
+        which no later token sees, and feeding it again writes the same slot.
+        """
+        if self._arrival is not None and (self._arrival.columns != 1 or self._arrival.mask is not None):
+            raise CacheError("only a pass of one token a row, without pads, can be retracted")
+        self._arrival = None
+        for ring in self.rings:
+            ring.accepts_update = False
 
     # What may be copied and put away
 

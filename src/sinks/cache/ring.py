@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,14 +77,16 @@ class Ring(CacheLayerMixin):
     def _attend_block(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring, observed: Observed
     ) -> Tensor:
-        recent_query = sink_query = query
-        if scoring.rotary is not None:
-            recent, in_cache = block.tables(scoring.rotary, table_dtype(query.dtype))
-            key = rotate(key, *recent, scoring.rotary)
-            recent_query = sink_query = rotate(query, *recent, scoring.rotary)
-            if in_cache is not None:
-                sink_query = rotate(query, *in_cache, scoring.rotary)
-        bias = block.bias(scoring.slopes, table_dtype(query.dtype))
+        return self.attend_turned(turn(query, key, block, scoring), value, block, scoring, observed)
+
+    def attend_turned(
+        self, turned: Turned, value: Tensor, block: Block, scoring: Scoring, observed: Observed = None
+    ) -> Float[Tensor, "batch heads columns value_dim"]:
+        """Attend one block whose heads are turned already, and write it. For the rows of a `Group`; see `attend`."""
+        if not self.is_initialized:
+            self.lazy_initialization(turned.key, value)
+        recent_query, sink_query, key = turned.recent_query, turned.sink_query, turned.key
+        bias = block.bias(scoring.slopes, table_dtype(recent_query.dtype))
         if block.is_step:
             self._write(key, value, block)
         keys, values = self._read(block.filled)
@@ -180,6 +183,33 @@ class Ring(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of a mask over everything fed; an attached model builds none."""
         return self.columns_fed + query_length, 0
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """New heads turned: queries by stream position, and by cache position for the sinks (the same tensor where those
+    do not differ), keys by stream position.
+    """
+
+    recent_query: Float[Tensor, "batch heads columns head_dim"]
+    sink_query: Float[Tensor, "batch heads columns head_dim"]
+    key: Float[Tensor, "batch kv_heads columns head_dim"]
+
+    def row(self, row: int, full: bool) -> Turned:
+        """One row of a batch; unless it is `full`, its two queries are one, as they would be were it alone."""
+        here = slice(row, row + 1)
+        recent = self.recent_query[here]
+        return Turned(recent, self.sink_query[here] if full else recent, self.key[here])
+
+
+def turn(query: Tensor, key: Tensor, block: Block, scoring: Scoring) -> Turned:
+    """Turn the heads of one block, which arrive as the projections made them."""
+    if scoring.rotary is None:
+        return Turned(query, query, key)
+    recent, in_cache = block.tables(scoring.rotary, table_dtype(query.dtype))
+    recent_query = rotate(query, *recent, scoring.rotary)
+    sink_query = recent_query if in_cache is None else rotate(query, *in_cache, scoring.rotary)
+    return Turned(recent_query, sink_query, rotate(key, *recent, scoring.rotary))
 
 
 class _NoGradient(torch.autograd.Function):

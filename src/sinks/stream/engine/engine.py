@@ -1,0 +1,399 @@
+"""`Engine`: many endless streams through one model, in one batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from sinks.cache.plan import Plan
+from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
+from sinks.models.attach import attach
+from sinks.models.load import Loaded
+from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
+from sinks.stream.engine.row import Given, Ground, Row, read_newest
+from sinks.stream.engine.schedule import Scheduler, Turn
+from sinks.stream.engine.worker import Worker
+from sinks.stream.pieces import check_stops
+from sinks.stream.sampling import GREEDY, Sampling
+from sinks.stream.session import CHUNK, Session
+
+
+class Engine:
+    """`slots` streams at once, each of `sinks` first tokens and the last `window`; `queue` requests wait at most.
+
+    Every stream has the same keys and values, so there is no paging: a slot is a stream's own cache. `step` reads at
+    most about `chunk` tokens of new prompts, then writes one token of every answer; the rules are those of `Scheduler`.
+    Either something calls `step` (iterating over a request does), or `start` has a thread do it. `submit` and `cancel`
+    never wait for a step; what touches a stream (`park`, `save`, `fork`, `leave`) waits for the end of the running one.
+
+    A row's attention, sampling and random numbers are its own: only the products with the weights are shared, and
+    they may round differently for another number of rows. With `steady` every step is as large as all slots, which
+    costs what a full batch costs, and a row no longer depends on who else is in the batch, to the last bit.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        slots: int = 8,
+        sinks: int = DEFAULT_SINKS,
+        window: int = DEFAULT_WINDOW,
+        *,
+        queue: int = 64,
+        chunk: int = CHUNK,
+        steady: bool = False,
+    ) -> None:
+        """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
+        self._scheduler = Scheduler(slots, queue, chunk)
+        attach(loaded.model)
+        self._ground = Ground(loaded, Plan(sinks, window))
+        self._ground.empty_cache()  # refuses now what would be refused later
+        self._size = slots if steady else 0
+        self._requests: dict[int, Request] = {}
+        self._streams: dict[int, Stream] = {}
+        self._numbers = 0
+        self._closed: EngineClosed | None = None
+        self._lock = threading.RLock()  # the scheduler and the lists above; never held during a pass
+        self._stepping = threading.RLock()  # the rows; held during a step, and always taken before the other
+        self._worker = Worker(self.step, self._on_fault)
+
+    # What is asked of it, from any thread
+
+    def submit(
+        self,
+        given: Given | None = None,
+        *,
+        stream: Stream | None = None,
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        sampling: Sampling = GREEDY,
+        on_news: Callable[[], None] | None = None,
+    ) -> Request:
+        """Read `given`, text or ids of any length, and go on from there; returns at once.
+
+        Without a `stream` the request has one of its own, which leaves when the answer is over. `given=None` feeds
+        nothing: what an earlier answer held back comes first. `max_tokens`, `stop` and `sampling` are those of
+        `Session.generate`; the first two may end the answer before it begins, and what is given is then still read.
+        `on_news` is called, mostly from the engine's thread, when a piece came or the request is over; it must not
+        wait.
+
+        Raises QueueFull, EngineClosed, and InvalidInput for a wish that makes no sense.
+        """
+        ask = Ask(given, max_tokens, check_stops(stop), sampling)
+        begins = stream is None or not (stream.begun or stream.source)
+        ids = [] if given is None else self._ground.encode(given, begins)
+        with self._lock:
+            self._check_open(stream)
+            stream = stream or Stream(self, self._number(), once=True)
+            request = Request(self, self._number(), stream, ask, on_news)
+            request.ids, request.begins = ids, begins
+            self._scheduler.submit(request.number, stream.number)
+            self._requests[request.number] = request
+            stream.begun = True
+        self.wake()
+        return request
+
+    def join(self, session: Session | None = None) -> Stream:
+        """A stream that stays until it is told to leave: empty, or a copy of this moment of a session.
+
+        An empty one takes a slot at its first request, a copy at once. Raises QueueFull where none is free for it, and
+        InvalidInput for a session of another size.
+        """
+        if session is not None:
+            with self.between_steps():
+                return self.adopt(Row.of_session(self._ground, session))
+        with self._lock:
+            self._check_open(None)
+            return Stream(self, self._number())
+
+    def resume(self, path: str | Path) -> Stream:
+        """The stream that `Stream.park`, `Stream.save` or `Session.save` wrote; it is read at its first request."""
+        stream = self.join()
+        stream.source = Path(path)
+        _ = self._ground.fingerprint  # here, where nobody else waits for it
+        return stream
+
+    def cancel(self, request: Request) -> None:
+        """End a request that is not over, within one step."""
+        with self._lock:
+            if request.finish is None:
+                self._end(request, "cancelled")
+        self.wake()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot, or for an earlier request of their stream."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """How many requests are being read or written."""
+        return self._scheduler.running
+
+    @property
+    def held(self) -> int:
+        """How many slots are taken, by running requests or by streams that stay."""
+        return len(self._scheduler.held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in all slots."""
+        with self._lock:
+            rows = [stream.row for stream in self._streams.values()]
+        return sum(row.cache.nbytes for row in rows if row is not None)
+
+    # One step
+
+    def step(self) -> bool:
+        """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
+        with self._stepping:
+            turn = self._schedule()
+            for number, count in turn.reads:
+                self._read(number, count)
+            self._write(turn.writers)
+            return not turn.idle
+
+    def run(self) -> None:
+        """Step until there is nothing more to do."""
+        while self.step():
+            pass
+
+    def _schedule(self) -> Turn:
+        with self._lock:
+            admitted = [self._requests[number] for number in self._scheduler.admit()]
+        for request in admitted:
+            self._begin(request)
+        with self._lock:
+            return self._scheduler.turn(lambda number: not self._requests[number].full)
+
+    def _begin(self, request: Request) -> None:
+        """An admitted request: its stream gets a row, and what is to be read is known."""
+        stream = request.stream
+        try:
+            row = stream.row
+            if row is None:
+                row = Row(self._ground) if stream.source is None else Row.load(self._ground, stream.source)
+            request.prepare(row)
+        except Exception as error:
+            self._fail(request, error)
+            if stream.row is None:
+                self.release(stream)
+            return
+        with self._lock:
+            if request.finish is not None and stream.once:
+                return  # cancelled a moment ago, and its slot is free already
+            stream.row, stream.source = row, None
+            self._streams[stream.number] = stream
+            if request.finish is None:
+                self._scheduler.begin(request.number, len(request.ids))
+
+    def _read(self, number: int, count: int) -> None:
+        """Read the next `count` tokens of a request."""
+        request = self._requests.get(number)
+        row = None if request is None else request.stream.row
+        if request is None or row is None:
+            return  # cancelled a moment ago
+        part, request.ids = request.ids[:count], request.ids[count:]
+        try:
+            row.read(part)
+        except BaseException as error:
+            # Some layers have overwritten keys that others still need: this stream holds no moment any more.
+            request.stream.gone = BrokenCache(
+                f"this stream was broken off while it was read ({type(error).__name__}: {error}): resume it from a file"
+            )
+            self._fail(request, error)
+            self.dismiss(request.stream)
+            if not isinstance(error, Exception):
+                raise
+
+    def _write(self, writers: Sequence[int]) -> None:
+        """One token of every request that is still there."""
+        rows: dict[Request, Row] = {}
+        for request in [self._requests[number] for number in writers if number in self._requests]:
+            row = request.stream.row
+            if row is not None and self._may_go_on(request, row):
+                rows[request] = row
+        self._predict({request: row for request, row in rows.items() if row.logits is None})
+        for request, row in rows.items():
+            self._choose(request, row)
+
+    def _may_go_on(self, request: Request, row: Row) -> bool:
+        """Begin the answer if it has not begun; False where that is already its end."""
+        if request.ids:  # a step was broken off before it read what it had planned to
+            self._read(request.number, len(request.ids))
+        if request.finish is None and request.answer is None:
+            ask = request.ask
+            request.answer = row.answer(ask.sampling, ask.max_tokens, ask.stop)
+            self._hand_out(request, request.answer.begin())
+        return request.finish is None
+
+    def _predict(self, rows: dict[Request, Row]) -> None:
+        """Logits for each of them, in one pass; where that fails, one by one, so that only the culprits fail."""
+        if not rows:
+            return
+        try:
+            read_newest(list(rows.values()), self._size)
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(next(iter(rows)), error)
+                return
+            for request, row in rows.items():
+                self._predict({request: row})
+
+    def _choose(self, request: Request, row: Row) -> None:
+        """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
+        if request.finish is not None or request.answer is None:
+            return
+        try:
+            piece = row.take(request.answer)
+        except Exception as error:
+            self._fail(request, error)
+            return
+        request.tokens += 1
+        self._hand_out(request, piece)
+
+    def _hand_out(self, request: Request, piece: str) -> None:
+        request.put(piece)
+        if request.answer is not None and request.answer.finish is not None:
+            with self._lock:
+                if request.finish is None:
+                    self._end(request, request.answer.finish)
+
+    # Ends
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """End a request with what went wrong."""
+        with self._lock:
+            if request.finish is None:
+                self._end(request, "failed", failure_of(error))
+
+    def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
+        self._scheduler.finish(request.number)
+        del self._requests[request.number]
+        request.close(finish, error)
+        if request.stream.once:
+            self.release(request.stream)
+
+    def release(self, stream: Stream) -> None:
+        """Free a stream's slot and its memory."""
+        with self._lock:
+            self._scheduler.leave(stream.number)
+            stream.row = None
+            self._streams.pop(stream.number, None)
+        self.wake()
+
+    def dismiss(self, stream: Stream) -> None:
+        """Cancel all that is asked of a stream, and forget it."""
+        with self._lock:
+            stream.gone = stream.gone or EngineError("this stream has left: join() again")
+            for request in [each for each in self._requests.values() if each.stream is stream]:
+                self._end(request, "cancelled")
+            self.release(stream)
+
+    # For streams
+
+    def between_steps(self) -> AbstractContextManager[Any]:
+        """No step runs inside."""
+        return self._stepping
+
+    def row_of(self, stream: Stream) -> Row:
+        """The row of a stream that has one. Raises EngineError."""
+        self._check_open(stream)
+        if stream.row is None:
+            raise EngineError("this stream holds no slot: it is parked, or nothing was read yet; submit a request")
+        return stream.row
+
+    @contextmanager
+    def reserved(self, stream: Stream) -> Iterator[Row]:
+        """The row of an idle stream, which nobody else uses inside; afterwards its slot is free.
+
+        Steps go on meanwhile. If something is raised inside, the stream stays where it was.
+        """
+        with self.between_steps(), self._lock:
+            row = self.row_of(stream)
+            if self._scheduler.busy(stream.number):
+                raise EngineError("a request of this stream is running: cancel it, or wait until it is over")
+            number = self._number()
+            self._scheduler.reserve(number, stream.number)
+        try:
+            yield row
+            self.release(stream)
+        finally:
+            with self._lock:
+                self._scheduler.finish(number)
+            self.wake()
+
+    def adopt(self, row: Row) -> Stream:
+        """A stream with this row, in a free slot. Raises QueueFull."""
+        with self._lock:
+            self._check_open(None)
+            if self.held >= self._scheduler.slots:
+                raise QueueFull(f"all {self.held} slots are taken: park a stream, or let one leave")
+            stream = Stream(self, self._number())
+            stream.row, stream.begun = row, True
+            self._scheduler.held.add(stream.number)
+            self._streams[stream.number] = stream
+        return stream
+
+    def _check_open(self, stream: Stream | None) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if stream is not None and stream.gone is not None:
+            raise stream.gone
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    # A thread that steps
+
+    def start(self) -> Engine:
+        """Step in a thread of its own from now on, whenever there is something to do."""
+        with self._lock:
+            self._check_open(None)
+            self._worker.start()
+        return self
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._worker.wake()
+
+    def advance(self, request: Request) -> None:
+        """Bring a request that has no piece forward: wait for the worker, or step."""
+        if self._worker.started:
+            request.wait()
+        elif not self.step() and not request.ready:
+            raise EngineError(
+                f"nothing moves: {self.held} slots are taken by streams that stay, and {self.waiting} requests wait; "
+                "park a stream, let one leave, or read the requests whose pieces pile up"
+            )
+
+    def close(self) -> None:
+        """End every request with EngineClosed, and give the memory back."""
+        self._close(EngineClosed("the engine was closed: make a new one"))
+        self._worker.join()
+
+    def _on_fault(self, error: Exception) -> None:
+        """A fault of the engine itself: nobody may wait for it for ever."""
+        why = EngineClosed(f"the engine failed ({type(error).__name__}: {error}): make a new one")
+        why.__cause__ = error
+        self._close(why)
+
+    def _close(self, why: EngineClosed) -> None:
+        with self._lock:
+            self._closed = self._closed or why
+        self._worker.end()
+        with self._stepping, self._lock:
+            for request in list(self._requests.values()):
+                self._end(request, "failed", why)
+            for stream in list(self._streams.values()):
+                self.release(stream)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,194 @@
+"""One stream as a row of a batch: what a `Session` holds, without a loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sinks.cache.cache import SinkCache
+from sinks.cache.fingerprint import fingerprint
+from sinks.cache.group import Group
+from sinks.cache.plan import Plan
+from sinks.cache.snapshot import read_snapshot, write_snapshot
+from sinks.errors import BrokenCache, InvalidInput
+from sinks.models.families import base_of
+from sinks.models.load import Loaded
+from sinks.reading.tokens import stream_ids
+from sinks.stream.answer import Answer
+from sinks.stream.history import History
+from sinks.stream.opening import ends_of
+from sinks.stream.parking import pack, unpack
+from sinks.stream.pieces import Pieces, Vocabulary
+from sinks.stream.sampling import Sampler, Sampling
+from sinks.stream.session import FIRST_SEED, Session
+
+Given = str | Sequence[int] | Tensor
+"""What can be fed: a text, or token ids."""
+
+
+@dataclass(eq=False)
+class Ground:
+    """What all rows share: the model, its tokenizer, and the sizes of a slot."""
+
+    loaded: Loaded
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        self.vocabulary = Vocabulary(self.loaded.tokenizer)
+        self.ends = ends_of(self.loaded)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a snapshot must agree with; taken when it is first needed."""
+        return fingerprint(self.loaded.model)
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many token ids the model knows."""
+        return cast(Any, self.loaded.model.get_input_embeddings()).weight.shape[0]
+
+    def empty_cache(self) -> SinkCache:
+        """A cache that has read nothing."""
+        return SinkCache.for_model(self.loaded.model, sinks=self.plan.sinks, window=self.plan.window)
+
+    def encode(self, given: Given, begins: bool) -> list[int]:
+        """The ids of a text, with the tokenizer's own BOS where it `begins` a stream, or ids, checked."""
+        if isinstance(given, str):
+            if begins:
+                return stream_ids(self.loaded.tokenizer, given)[0]
+            return self.loaded.tokenizer(given, add_special_tokens=False, verbose=False).input_ids
+        ids: list[int] = given.tolist() if isinstance(given, Tensor) else list(given)
+        if not all(type(token) is int and 0 <= token < self.tokens for token in ids):
+            raise InvalidInput(
+                f"token ids are whole numbers from 0 to {self.tokens - 1}, in one row: give a list of them, a tensor "
+                "of one dimension, or a text"
+            )
+        return ids
+
+    def check(self, plan: Plan, start: int, what: str) -> None:
+        """Refuse a stream that does not fit the slots: they are all of one size."""
+        if plan != self.plan or start:
+            raise InvalidInput(
+                f"{what} has sinks={plan.sinks}, window={plan.window}, start={start}, and the slots of this engine "
+                f"have sinks={self.plan.sinks}, window={self.plan.window}, start=0: use an engine of that size"
+            )
+
+
+class Row:
+    """A stream: its cache, the ids that are visible, text held back, random numbers, and logits once they were read.
+
+    As in a session, the newest token is read by the model only when something must be predicted from it.
+    """
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.cache = ground.empty_cache()
+        self.history = History(ground.plan)
+        self.pieces = Pieces(ground.vocabulary)
+        self.generator = torch.Generator().manual_seed(FIRST_SEED)
+        self.logits: Tensor | None = None
+
+    @classmethod
+    def load(cls, ground: Ground, path: str | Path) -> Row:
+        """The stream that `save`, or `Session.save`, wrote. Raises SnapshotError, or InvalidInput for other sizes."""
+        row = cls(ground)
+        cache, extras = read_snapshot(path, ground.loaded.model, ground.fingerprint)
+        ground.check(cache.plan, cache.start, str(path))
+        parked = unpack(path, extras, cache, ground.tokens)
+        row.cache = cache
+        row.history.adopt(parked.history)
+        row.pieces.pending = parked.pending
+        row.generator.set_state(parked.generator)
+        row.logits = None if parked.logits is None else parked.logits.to(ground.loaded.model.device)
+        return row
+
+    @classmethod
+    def of_session(cls, ground: Ground, session: Session) -> Row:
+        """A copy of this moment of a session; they share the model alone."""
+        if session.loaded.model is not ground.loaded.model:
+            raise InvalidInput("this session has another model than the engine: open both with one loaded model")
+        ground.check(session.plan, 0, "this session")
+        twin = session.fork()
+        row = cls(ground)
+        row.cache, row.history, row.generator = twin._cache, twin._history, twin._generator
+        row.pieces.pending = twin._pieces.pending
+        row.logits = twin._logits
+        return row
+
+    def check_moment(self) -> None:
+        """Refuse to go on if something was broken off between the model's reading of tokens and our noting of them."""
+        read, unread = sum(self.cache.seen), self.logits is None and self.history.seen > 0
+        if read != self.history.seen - unread:
+            raise BrokenCache(
+                f"an earlier step was broken off: {read} tokens of this stream were read of {self.history.seen}; let "
+                "it leave, and resume it from a file"
+            )
+
+    def fork(self) -> Row:
+        """The same moment, to go its own way, random numbers included."""
+        self.check_moment()
+        twin = Row(self.ground)
+        twin.cache, twin.history, twin.pieces = self.cache.fork(), self.history.fork(), self.pieces.fork()
+        twin.generator = self.generator.clone_state()
+        twin.logits = None if self.logits is None else self.logits.clone()
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Write this moment, in the format of `Session.save`."""
+        self.check_moment()
+        no_logits = torch.zeros(self.ground.tokens, dtype=self.ground.loaded.model.dtype)
+        extras = pack(self.history, self.pieces, self.generator, self.logits, no_logits)
+        write_snapshot(path, self.cache, self.ground.fingerprint, extras)
+
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> None:
+        """Take these tokens into the stream, in one pass of all but the last."""
+        self.check_moment()
+        unread = [] if self.history.newest is None or self.logits is not None else [self.history.newest]
+        if fed := [*unread, *ids[:-1]]:
+            model = self.ground.loaded.model
+            given = torch.tensor([fed], device=model.device)
+            base_of(model)(input_ids=given, past_key_values=self.cache, use_cache=True)
+        self.logits = None
+        self.history.extend(ids)
+
+    def answer(self, sampling: Sampling, max_tokens: int | None, stop: Iterable[str]) -> Answer:
+        """An answer of this stream, not begun."""
+        return Answer(Sampler(sampling, self.generator), self.pieces, self.ground.ends, max_tokens, stop)
+
+    def take(self, answer: Answer) -> str:
+        """Choose the next token from the logits, which must be there; returns the text that can be said with it."""
+        assert self.logits is not None
+        token, piece = answer.take(self.logits, self.history)
+        self.logits = None
+        self.history.extend([token])
+        return piece
+
+
+@torch.inference_mode()
+def read_newest(rows: Sequence[Row], size: int) -> None:
+    """Read the newest token of each row in one pass, of `size` rows if that is more; each row then has its logits.
+
+    If the model raises on the way, every row is as it was before.
+    """
+    model, newest = rows[0].ground.loaded.model, list[list[int]]()
+    for row in rows:
+        row.check_moment()
+        assert row.history.newest is not None  # nothing is written behind an empty stream
+        newest.append([row.history.newest])
+    idle = max(0, size - len(rows))
+    group = Group([row.cache for row in rows], idle)
+    fed = torch.tensor([*newest, *[[0]] * idle], device=model.device)
+    try:
+        logits: Tensor = model(input_ids=fed, past_key_values=group, use_cache=True).logits[:, -1]
+    except BaseException:
+        group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
+        raise
+    for row, own in zip(rows, logits, strict=False):
+        row.logits = own

@@ -1,0 +1,160 @@
+"""What fails, fails alone; and what a row owes to its company, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sinks.errors import CacheError, EngineClosed, EngineError, RequestFailed
+from sinks.stream.engine.engine import Engine
+from sinks.stream.engine.request import BUFFER, Request
+from sinks.stream.sampling import Sampling
+from tests.stream.engine.rows import PROMPTS, RARE, alone, engine, failing_on
+from tests.stream.opened import IDS, SINKS, WINDOW, opened, tiny_loaded
+
+
+def test_a_step_that_fails_under_one_row_fails_that_row_alone():
+    expected = [alone(prompt, 12) for prompt in PROMPTS]
+    together = engine()
+    requests = [together.submit(prompt, max_tokens=12) for prompt in PROMPTS]
+    victim = together.join()
+    failing = victim.submit(IDS[:20], sampling=Sampling(logit_bias={RARE: 1e6}), max_tokens=12)
+    with failing_on(RARE, RuntimeError("no")), pytest.raises(RequestFailed, match="RuntimeError: no") as failure:
+        failing.text()
+    assert isinstance(failure.value.__cause__, RuntimeError)
+    assert [request.text() for request in requests] == expected
+    # Nothing was lost in its stream either: the token that could not be read is read now.
+    session = opened()
+    session.feed([*IDS[:20], RARE])
+    assert victim.submit(max_tokens=5).text() == "".join(session.generate(5))
+
+
+def test_a_stream_that_fails_while_it_reads_is_gone_and_the_others_are_not():
+    together = engine()
+    other = together.submit(PROMPTS[3], max_tokens=12)
+    stream = together.join()
+    request, behind = stream.submit([*IDS[:12], RARE, *IDS[:12]]), stream.submit("more")
+    with failing_on(RARE, RuntimeError("no")), pytest.raises(RequestFailed, match="no"):
+        request.text()
+    assert behind.finish == "cancelled"
+    with pytest.raises(CacheError, match="broken off"):
+        stream.submit("again")
+    assert other.text() == alone(PROMPTS[3], 12)
+    assert together.held == 0
+
+
+def test_logits_of_one_row_that_are_not_finite_fail_that_row_alone():
+    model = tiny_loaded().model
+    expected = alone(PROMPTS[3], 12)
+    together = engine()
+    bad, good = together.submit(IDS[:9], max_tokens=12), together.submit(PROMPTS[3], max_tokens=12)
+
+    def spoil(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(0, torch.tensor([0]), torch.nan) if len(output) == 2 else output
+
+    handle = model.lm_head.register_forward_hook(spoil)  # type: ignore[union-attr]
+    together.run()
+    handle.remove()
+    assert good.text() == expected
+    with pytest.raises(Exception, match="not finite"):
+        bad.text()
+
+
+def test_ctrl_c_in_a_step_loses_nothing():
+    expected = alone(IDS[:20], 3, sampling=Sampling(logit_bias={RARE: 1e6}))
+    together = engine()
+    request = together.submit(IDS[:20], max_tokens=3, sampling=Sampling(logit_bias={RARE: 1e6}))
+    with failing_on(RARE, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        together.run()
+    assert request.text() == expected and request.tokens == 3
+
+
+@pytest.mark.parametrize("where", ["prepare", "read", "choose"])
+def test_ctrl_c_between_planning_and_doing_loses_nothing(where, monkeypatch):
+    together = engine()
+    requests = [together.submit(IDS[n : 12 + n], max_tokens=3) for n in range(3)]
+    owner, name = {"prepare": (Request, "prepare"), "read": (Engine, "_read"), "choose": (Engine, "_choose")}[where]
+    original, calls = getattr(owner, name), []
+
+    def broken_off(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        together.run()
+    assert [request.text() for request in requests] == [alone(IDS[n : 12 + n], 3) for n in range(3)]
+
+
+def test_a_writer_whose_pieces_nobody_reads_pauses():
+    together = engine(slots=2)
+    forgotten = together.submit(IDS[:9], sampling=Sampling(logit_bias={65: 1e6}))
+    assert together.submit(IDS[:9], max_tokens=BUFFER + 50).text() == alone(IDS[:9], BUFFER + 50)
+    together.run()
+    assert forgotten.full and forgotten.tokens == BUFFER
+    assert len(forgotten.take()) == BUFFER and forgotten.take() == []
+    assert together.step() and forgotten.take()
+
+
+def test_a_request_that_can_never_move_says_so():
+    together = engine(slots=1)
+    stream = together.join()
+    stream.submit(IDS[:3], max_tokens=1).text()
+    with pytest.raises(EngineError, match="nothing moves: 1 slots"):
+        together.submit(IDS[:3]).text()
+
+
+def test_steady_rows_do_not_depend_on_their_company_to_the_last_bit():
+    """float32: every product has as many rows, so a row's bits are the same whoever else is there."""
+    loaded = tiny_loaded(dtype=torch.float32)
+
+    def logits(company: int) -> list[torch.Tensor]:
+        together = Engine(loaded, 8, SINKS, WINDOW, steady=True, chunk=5)
+        stream, found = together.join(), []
+        request = stream.submit(IDS[:20], max_tokens=20)
+        while not request.tokens:  # so that it is the first row
+            together.step()
+        for n in range(company):
+            together.submit(IDS[n : 9 + 5 * n], max_tokens=3 + 2 * n)
+        handle = loaded.model.lm_head.register_forward_hook(lambda _, __, out: found.append(out[0, -1].clone()))
+        request.text()
+        handle.remove()
+        return found
+
+    for company in (1, 4, 7):
+        assert all(torch.equal(a, b) for a, b in zip(logits(company), logits(0), strict=True))
+
+
+def test_float32_rows_stay_within_the_rounding_of_their_sums():
+    """Sums of at most 64 terms of order 1, twice a layer: a few hundred roundings of 6e-8 on logits of order 10."""
+    loaded = tiny_loaded(dtype=torch.float32)
+    found: dict[int, list[torch.Tensor]] = {}
+    for company in (0, 7):
+        together, kept = Engine(loaded, 8, SINKS, WINDOW, chunk=5), list[torch.Tensor]()
+        request = together.submit(IDS[:20], max_tokens=13)
+        while not request.tokens:  # so that it is the first row
+            together.step()
+        for n in range(company):
+            together.submit(IDS[n : 9 + 5 * n], max_tokens=20)
+        handle = loaded.model.lm_head.register_forward_hook(
+            lambda _, __, out, kept=kept: kept.append(out[0, -1].clone())
+        )
+        request.text()
+        handle.remove()
+        found[company] = kept[:12]
+    for a, b in zip(found[0], found[7], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=500 * 6e-8 * 10)
+
+
+def test_closing_ends_everything():
+    with engine() as together:
+        request, stream = together.submit(IDS[:9]), together.join()
+        stream.submit(IDS[:5], max_tokens=2).text()
+    with pytest.raises(EngineClosed):
+        request.text()
+    for use in (lambda: together.submit("x"), together.join, lambda: stream.submit("x"), stream.fork):
+        with pytest.raises(EngineClosed):
+            use()
+    assert together.nbytes == 0 and not together.step()
