@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, Device, Dtype
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, kind_of
 
 if TYPE_CHECKING:
     from sinks.cli.terminal.stopping import Stopper
@@ -52,6 +52,7 @@ class Flags:
     load: Annotated[
         Path | None, typer.Option(help="Go on from a saved moment, with its sinks and window.", show_default=False)
     ] = None
+    cache: CacheKind = "full"
     device: Device = "cpu"
     dtype: Dtype = "float32"
     accept_terms: AcceptTerms = False
@@ -111,6 +112,7 @@ def open_session(flags: Flags, loaded: "Loaded", sinks: "Sinks | None", stopper:
         window=flags.window,
         system=flags.system,
         pin="system" if pin else None,
+        cache=kind_of(flags.cache),
         on_evict=stopper.heard,
     )
     if flags.load is not None:
@@ -147,6 +149,7 @@ def sinks_of(flags: Flags) -> "Sinks | None":
     from sinks.errors import InvalidInput
 
     given = {"--sinks": flags.sinks, "--window": flags.window, "--system": flags.system, "--pin": flags.pin}
+    given["--cache"] = None if flags.cache == "full" else flags.cache
     wrong = [name for name, value in given.items() if value is not None]
     if flags.load is not None and wrong:
         raise InvalidInput(f"{', '.join(wrong)}: a saved moment brings its own; leave it out, or --load")

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, Device, Dtype
+from sinks.cli.flags import AcceptTerms, Device, Dtype, kind_of
 from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
-    from sinks.cache.cache import Kind
     from sinks.evals.arms import Settings
     from sinks.evals.compare import Comparison
 
@@ -118,17 +117,6 @@ def settings_of(flags: Flags) -> "Settings":
         beyond_trained_length=flags.beyond_trained_length,
         cache=kind_of(flags.cache),
     )
-
-
-def kind_of(name: str) -> "Kind":
-    """The kind of cache of this name. Raises InvalidInput for an unknown one."""
-    from sinks.cache.cache import KINDS
-    from sinks.errors import InvalidInput
-
-    kinds = dict(zip(map(str, KINDS), KINDS, strict=True))
-    if name not in kinds:
-        raise InvalidInput(f"cache {name!r} is unknown: choose one of {', '.join(kinds)}")
-    return kinds[name]
 
 
 def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str, Any]]:

@@ -1,11 +1,26 @@
 """Flags that several commands share, so that they are called and explained alike."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sinks.cache.cache import Kind
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="Number format of weights and arithmetic.")]
 AcceptTerms = Annotated[
     bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
 ]
+CacheKind = Annotated[str, typer.Option(help="What keys and values are kept as: full, or int8 for a quarter of that.")]
+
+
+def kind_of(name: str) -> "Kind":
+    """The kind of cache of this name. Raises InvalidInput for an unknown one."""
+    from sinks.cache.cache import KINDS
+    from sinks.errors import InvalidInput
+
+    kinds = dict(zip(map(str, KINDS), KINDS, strict=True))
+    if name not in kinds:
+        raise InvalidInput(f"cache {name!r} is unknown: choose one of {', '.join(kinds)}")
+    return kinds[name]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, kind_of
+
 if TYPE_CHECKING:
     from sinks.reading.pipe import Line, Usual
     from sinks.stream.session import Session
@@ -57,11 +59,10 @@ class Flags:
     window: Annotated[
         int | None, typer.Option(help="Most recent tokens kept, the current one included; by default 1020.")
     ] = None
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
-    dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
-    accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
-    ] = False
+    cache: CacheKind = "full"
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    accept_terms: AcceptTerms = False
 
     @property
     def scores(self) -> bool:
@@ -125,8 +126,8 @@ def opened(flags: Flags) -> "Session":
         raise InvalidInput("--ask asks for a continuation: say with --continue how many tokens it has")
     if flags.only_unusual and not flags.scores:
         raise InvalidInput("--only-unusual needs to know how surprising lines are: add --surprise")
-    if flags.load is not None and (flags.sinks is not None or flags.window is not None):
-        raise InvalidInput("a loaded stream has its sinks and window: leave out --sinks and --window")
+    if flags.load is not None and (flags.sinks is not None or flags.window is not None or flags.cache != "full"):
+        raise InvalidInput("a loaded stream has its sinks and window: leave out --sinks, --window and --cache")
     if flags.save is not None and not flags.save.absolute().parent.is_dir():
         raise InvalidInput(f"no stream can be kept as '{flags.save}': there is no such folder")
     loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
@@ -134,7 +135,8 @@ def opened(flags: Flags) -> "Session":
         session = Session.open(loaded, sinks=0, window=1)  # fits any model; the file brings its own sizes
         session.load(flags.load)
         return session
-    return Session.open(loaded, sinks=DEFAULT_SINKS if flags.sinks is None else flags.sinks, window=flags.window)
+    sinks = DEFAULT_SINKS if flags.sinks is None else flags.sinks
+    return Session.open(loaded, sinks=sinks, window=flags.window, cache=kind_of(flags.cache))
 
 
 class Patience:

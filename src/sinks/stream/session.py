@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, SinkCache
+from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import read_snapshot, write_snapshot
@@ -97,6 +97,7 @@ class Session:
         advice: Advice | None = None,
         on_evict: Listen | None = None,
         chunk: int = CHUNK,
+        cache: Kind = "full",
     ) -> None:
         """As `open` with a model that is loaded and attached. `chunk` tokens are fed in one forward pass."""
         if chunk < 1:
@@ -105,7 +106,7 @@ class Session:
         self.system = system
         self.advice = advice
         self.chunk = chunk
-        self._cache = SinkCache.for_model(loaded.model, sinks=sinks, window=window)
+        self._cache = SinkCache.for_model(loaded.model, sinks=sinks, window=window, cache=cache)
         self._history = History(self._cache.plan, on_evict)
         self._pieces = Pieces(Vocabulary(loaded.tokenizer))
         self._generator = torch.Generator().manual_seed(FIRST_SEED)
@@ -124,6 +125,7 @@ class Session:
         window: int | None = None,
         system: str | None = None,
         pin: Literal["system"] | None = None,
+        cache: Kind = "full",
         advice_text: str | None = None,
         on_evict: Listen | None = None,
         **options: Any,
@@ -139,6 +141,7 @@ class Session:
                 the template. It is the caller's own: special tokens written in it are read as such.
             pin: "system" keeps the tokens of the system prompt for ever: they are the sinks, `sinks` or more of them,
                 and the window is counted beside them.
+            cache: "int8" keeps the window in a quarter of its bytes: see `SinkCache.for_model`.
             advice_text: the text that "auto" reads; None is the default text of `read_text`.
             on_evict: told what is let go, at once: the stream position of the first token, and the ids.
             options: what else `load` takes, such as `device` or `dtype`, unless the model is loaded.
@@ -149,7 +152,7 @@ class Session:
         least = pinned(loaded, system, pin)
         sizes = sizes_for(loaded, sinks, window, advice_text)
         kept = max(sizes.sinks, least)
-        return cls(loaded, kept, sizes.window, system=system, advice=sizes.advice, on_evict=on_evict)
+        return cls(loaded, kept, sizes.window, system=system, advice=sizes.advice, on_evict=on_evict, cache=cache)
 
     # What it holds
 
@@ -281,7 +284,7 @@ class Session:
         """
         self._check_moment()
         options: Any = {"system": self.system, "advice": self.advice, "on_evict": on_evict, "chunk": self.chunk}
-        twin = Session(self.loaded, self.plan.sinks, window, **options)
+        twin = Session(self.loaded, self.plan.sinks, window, cache=self._cache.kind, **options)
         twin.feed([token for _, ids in self._history.spans for token in ids])
         twin._in_dialogue = self._in_dialogue
         twin._pieces = self._pieces.fork()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
 from sinks.models.attach import attach
@@ -45,11 +45,12 @@ class Engine:
         queue: int = 64,
         chunk: int = CHUNK,
         steady: bool = False,
+        cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
         self._scheduler = Scheduler(slots, queue, chunk)
         attach(loaded.model)
-        self._ground = Ground(loaded, Plan(sinks, window))
+        self._ground = Ground(loaded, Plan(sinks, window), cache)
         self._ground.empty_cache()  # refuses now what would be refused later
         self._size = slots if steady else 0
         self._requests: dict[int, Request] = {}

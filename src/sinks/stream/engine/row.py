@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sinks.cache.cache import SinkCache
+from sinks.cache.cache import Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
 from sinks.cache.group import Group
 from sinks.cache.plan import Plan
@@ -38,6 +38,7 @@ class Ground:
 
     loaded: Loaded
     plan: Plan
+    kind: Kind = "full"
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.loaded.tokenizer)
@@ -55,7 +56,7 @@ class Ground:
 
     def empty_cache(self) -> SinkCache:
         """A cache that has read nothing."""
-        return SinkCache.for_model(self.loaded.model, sinks=self.plan.sinks, window=self.plan.window)
+        return SinkCache.for_model(self.loaded.model, sinks=self.plan.sinks, window=self.plan.window, cache=self.kind)
 
     def encode(self, given: Given, begins: bool) -> list[int]:
         """The ids of a text, with the tokenizer's own BOS where it `begins` a stream, or ids, checked."""
@@ -71,12 +72,13 @@ class Ground:
             )
         return ids
 
-    def check(self, plan: Plan, start: int, what: str) -> None:
+    def check(self, cache: SinkCache, what: str) -> None:
         """Refuse a stream that does not fit the slots: they are all of one size."""
-        if plan != self.plan or start:
+        if (cache.plan, cache.kind, cache.start) != (self.plan, self.kind, 0):
             raise InvalidInput(
-                f"{what} has sinks={plan.sinks}, window={plan.window}, start={start}, and the slots of this engine "
-                f"have sinks={self.plan.sinks}, window={self.plan.window}, start=0: use an engine of that size"
+                f"{what} has sinks={cache.sinks}, window={cache.window}, cache={cache.kind}, start={cache.start}, and "
+                f"the slots of this engine have sinks={self.plan.sinks}, window={self.plan.window}, "
+                f"cache={self.kind}, start=0: use an engine of that size"
             )
 
 
@@ -93,17 +95,19 @@ class Row:
         self.pieces = Pieces(ground.vocabulary)
         self.generator = torch.Generator().manual_seed(FIRST_SEED)
         self.logits: Tensor | None = None
+        self.in_dialogue = False  # a session's own: kept for the session that takes the stream up again
 
     @classmethod
     def load(cls, ground: Ground, path: str | Path) -> Row:
         """The stream that `save`, or `Session.save`, wrote. Raises SnapshotError, or InvalidInput for other sizes."""
         row = cls(ground)
         cache, extras = read_snapshot(path, ground.loaded.model, ground.fingerprint)
-        ground.check(cache.plan, cache.start, str(path))
+        ground.check(cache, str(path))
         parked = unpack(path, extras, cache, ground.tokens)
         row.cache = cache
         row.history.adopt(parked.history)
         row.pieces.pending = parked.pending
+        row.in_dialogue = parked.in_dialogue
         row.generator.set_state(parked.generator)
         row.logits = None if parked.logits is None else parked.logits.to(ground.loaded.model.device)
         return row
@@ -113,12 +117,12 @@ class Row:
         """A copy of this moment of a session; they share the model alone."""
         if session.loaded.model is not ground.loaded.model:
             raise InvalidInput("this session has another model than the engine: open both with one loaded model")
-        ground.check(session.plan, 0, "this session")
         twin = session.fork()
+        ground.check(twin._cache, "this session")
         row = cls(ground)
         row.cache, row.history, row.generator = twin._cache, twin._history, twin._generator
         row.pieces.pending = twin._pieces.pending
-        row.logits = twin._logits
+        row.logits, row.in_dialogue = twin._logits, twin._in_dialogue
         return row
 
     def check_moment(self) -> None:
@@ -137,13 +141,14 @@ class Row:
         twin.cache, twin.history, twin.pieces = self.cache.fork(), self.history.fork(), self.pieces.fork()
         twin.generator = self.generator.clone_state()
         twin.logits = None if self.logits is None else self.logits.clone()
+        twin.in_dialogue = self.in_dialogue
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write this moment, in the format of `Session.save`."""
         self.check_moment()
         no_logits = torch.zeros(self.ground.tokens, dtype=self.ground.loaded.model.dtype)
-        extras = pack(self.history, self.pieces, self.generator, self.logits, no_logits)
+        extras = pack(self.history, self.pieces, self.generator, self.logits, no_logits, self.in_dialogue)
         write_snapshot(path, self.cache, self.ground.fingerprint, extras)
 
     @torch.inference_mode()
