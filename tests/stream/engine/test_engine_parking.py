@@ -11,6 +11,7 @@ from sinks.stream.engine.engine import Engine
 from sinks.stream.session import Session
 from tests.stream.engine.rows import alone, engine, spans
 from tests.stream.opened import IDS, SINKS, WARM, WINDOW, opened, tiny_loaded
+from tests.stream.templates import chat_loaded
 
 
 def test_a_session_takes_up_what_an_engine_parked_and_the_other_way_round(tmp_path: Path):
@@ -109,3 +110,42 @@ def test_a_fork_of_a_running_row_goes_its_own_way():
         list(session.generate(37 - session.seen, sampling=WARM))
     session.feed("elsewhere")
     assert other.text() == "".join(session.generate(9, sampling=WARM))
+
+
+def test_an_int8_engine_is_int8_sessions(tmp_path: Path):
+    together = Engine(tiny_loaded(), 2, SINKS, WINDOW, cache="int8")
+    session = opened(cache="int8")
+    session.feed(IDS[:30])
+    expected = "".join(session.generate(20, sampling=WARM))
+    streams = [together.join() for _ in range(2)]
+    requests = [stream.submit(IDS[:30], max_tokens=20, sampling=WARM) for stream in streams]
+    assert [request.text() for request in requests] == [expected, expected]
+    streams[0].park(tmp_path / "parked")
+    full, other = opened(), opened()
+    other.load(tmp_path / "parked")
+    assert "".join(other.generate(5, sampling=WARM)) == "".join(session.generate(5, sampling=WARM))
+    with pytest.raises(InvalidInput, match="cache=int8.* slots of this engine .*cache=full"):
+        engine().join(other)
+    assert full.nbytes == 0 and other.nbytes < opened_bytes() / 2
+
+
+def opened_bytes() -> int:
+    """Bytes of a session that was opened as usual."""
+    session = opened()
+    session.feed(IDS[:30])
+    return session.nbytes
+
+
+def test_a_dialogue_that_passed_through_an_engine_goes_on(tmp_path: Path):
+    loaded = chat_loaded("chatml")
+    session = Session(loaded, SINKS, WINDOW)
+    list(session.say("one", max_tokens=4))
+    session.save(tmp_path / "moment")
+    together = Engine(loaded, 2, SINKS, WINDOW)
+    for stream in (together.resume(tmp_path / "moment"), together.join(session)):
+        stream.submit(max_tokens=2).text()
+        stream.park(tmp_path / "parked")
+        again = Session(loaded, SINKS, WINDOW)
+        again.load(tmp_path / "parked")
+        again.say("two")
+        assert again.seen > session.seen + 2
