@@ -290,3 +290,19 @@ def test_ctrl_c_again_and_again_leaves(conversation: Conversation):
     screen.on_piece = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(PATIENCE)] and None
     with pytest.raises(KeyboardInterrupt):
         answer(conversation, "hello")
+
+
+def test_ctrl_c_between_an_answer_and_the_prompt_is_nothing_to_worry_about():
+    stopper = Stopper()
+
+    def read(prompt: str) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return prompt
+
+    with stopper.watching():
+        signal.raise_signal(signal.SIGINT)
+        assert stopper.asked
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                stopper.prompting(read)("> ")
+        signal.raise_signal(signal.SIGINT)

@@ -97,7 +97,11 @@ def run(flags: Flags) -> None:
         )
     if session.dialogue.strips_reasoning:
         screen.note("this model's template leaves reasoning out of earlier answers; here it stays until it is let go")
-    talk(conversation, typed(screen.note) if screen.lively else piped(sys.stdin))
+    if screen.lively:
+        with stopper.watching():  # Ctrl-C between an answer and the prompt must not end the program
+            talk(conversation, typed(screen.note, stopper.prompting(input)))
+    else:
+        talk(conversation, piped(sys.stdin))
 
 
 def open_session(flags: Flags, loaded: "Loaded", sinks: "Sinks | None", stopper: "Stopper") -> "Session":

@@ -1,7 +1,7 @@
 """Ctrl-C while a message is read or an answer written: noted at once, and obeyed where the stream can be left."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,6 +23,7 @@ class Stopper:
     def __init__(self) -> None:
         self.presses = 0
         self.reading = False
+        self._prompting = False
 
     @property
     def asked(self) -> bool:
@@ -39,6 +40,18 @@ class Stopper:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def prompting(self, read: Callable[[str], str]) -> Callable[[str], str]:
+        """`read`, in which Ctrl-C raises KeyboardInterrupt even inside `watching`: there is nothing to stop."""
+
+        def asked(prompt: str) -> str:
+            self.presses, self._prompting = 0, True
+            try:
+                return read(prompt)
+            finally:
+                self._prompting = False
+
+        return asked
+
     def heard(self, start: int, ids: list[int]) -> None:
         """The session's listener (`on_evict`): its state is whole when it tells us."""
         if self.reading and self.asked:
@@ -46,5 +59,5 @@ class Stopper:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.presses += 1
-        if self.presses >= PATIENCE:
+        if self._prompting or self.presses >= PATIENCE:
             raise KeyboardInterrupt
