@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from sinks.models.attach import attach, detach
     from sinks.models.load import load
     from sinks.report.survey import survey
+    from sinks.stream.engine.engine import Engine
     from sinks.stream.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["Session", "SinkCache", "SinksError", "__version__", "attach", "detach", "load", "survey"]
+__all__ = ["Engine", "Session", "SinkCache", "SinksError", "__version__", "attach", "detach", "load", "survey"]
 
 _HOMES = {
+    "Engine": "sinks.stream.engine.engine",
     "Session": "sinks.stream.session",
     "SinkCache": "sinks.cache.cache",
     "SinksError": "sinks.errors",

@@ -11,7 +11,7 @@ from sinks.stream.engine.engine import Engine
 from sinks.stream.session import Session
 from tests.stream.engine.rows import alone, engine, spans
 from tests.stream.opened import IDS, SINKS, WARM, WINDOW, opened, tiny_loaded
-from tests.stream.templates import chat_loaded
+from tests.stream.templates import chat_loaded, ending
 
 
 def test_a_session_takes_up_what_an_engine_parked_and_the_other_way_round(tmp_path: Path):
@@ -143,9 +143,12 @@ def test_a_dialogue_that_passed_through_an_engine_goes_on(tmp_path: Path):
     session.save(tmp_path / "moment")
     together = Engine(loaded, 2, SINKS, WINDOW)
     for stream in (together.resume(tmp_path / "moment"), together.join(session)):
-        stream.submit(max_tokens=2).text()
+        request = stream.submit(max_tokens=2, sampling=ending(next(iter(together._ground.ends))))
+        request.text()
+        assert request.finish == "end"
         stream.park(tmp_path / "parked")
         again = Session(loaded, SINKS, WINDOW)
         again.load(tmp_path / "parked")
+        assert not again.answering, "the end is noted as the template's, whichever the model chose"
         again.say("two")
         assert again.seen > session.seen + 2

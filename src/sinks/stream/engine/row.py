@@ -21,6 +21,7 @@ from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.tokens import stream_ids
 from sinks.stream.answer import Answer
+from sinks.stream.chat import Dialogue
 from sinks.stream.history import History
 from sinks.stream.opening import ends_of
 from sinks.stream.parking import pack, unpack
@@ -48,6 +49,11 @@ class Ground:
     def fingerprint(self) -> str:
         """What a snapshot must agree with; taken when it is first needed."""
         return fingerprint(self.loaded.model)
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token with which the model's chat template ends an answer."""
+        return Dialogue(self.loaded.tokenizer, model=self.loaded.source.name).end
 
     @cached_property
     def tokens(self) -> int:
@@ -164,15 +170,16 @@ class Row:
         self.history.extend(ids)
 
     def answer(self, sampling: Sampling, max_tokens: int | None, stop: Iterable[str]) -> Answer:
-        """An answer of this stream, not begun."""
-        return Answer(Sampler(sampling, self.generator), self.pieces, self.ground.ends, max_tokens, stop)
+        """An answer of this stream, not begun; in a dialogue, the template's end of an answer ends it too."""
+        ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
+        return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
     def take(self, answer: Answer) -> str:
         """Choose the next token from the logits, which must be there; returns the text that can be said with it."""
         assert self.logits is not None
         token, piece = answer.take(self.logits, self.history)
         self.logits = None
-        self.history.extend([token])
+        self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
         return piece
 
 
