@@ -17,7 +17,7 @@ import typer
 
 from sinks.errors import InvalidInput, SinksError
 
-COMMANDS = ("compare", "models", "scan")
+COMMANDS = ("bench", "compare", "models", "scan")
 
 DEBUG = "SINKS_DEBUG"
 """Name of the environment variable that, set to anything, shows the traceback of an error."""
