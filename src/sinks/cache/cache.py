@@ -14,10 +14,12 @@ from transformers.cache_utils import Cache
 from sinks.cache.arrival import Arrival
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.ring import Ring
+from sinks.cache.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Lens
 from sinks.kernels.scoring import Scoring
 from sinks.models.families import Scheme, base_of, describe
+from sinks.models.step.slots import StepSlots
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 1020
@@ -158,6 +160,14 @@ class SinkCache(Cache):
         scoring = Scoring(rotary=rotary, slopes=self._scheme.slopes, **options)
         blocks = self._arrival.blocks(ring.plan, query.device)
         return ring.attend(query, key, value, blocks, scoring, (layer, lenses) if lenses else None)
+
+    def step_slots(self) -> StepSlots | None:
+        """The slots for the pass now open, for a step that reads and writes them by itself; None where it cannot."""
+        kinds = {layer.rotary for layer in self._scheme.layers}
+        if self._arrival is None or self._scheme.slopes is not None or len(kinds) != 1 or None in kinds:
+            return None
+        (kind,) = kinds
+        return open_slots(self.rings, self.plan, self._arrival, self._rotaries[str(kind)])
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""

@@ -29,7 +29,7 @@ from sinks.models.checkpoints.pretrained import (
 )
 from sinks.models.checkpoints.quiet import quiet
 from sinks.models.step.blocks import why_not
-from sinks.models.step.hasten import hasten
+from sinks.models.step.hasten import hasten, steps_of
 from sinks.models.weights.quantize import NOTES, check_quant, quantize
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -121,11 +121,9 @@ def quantized(loaded: Loaded, quant: str) -> Loaded:
     if known == "none":
         return loaded
     model = quantize(loaded.model, known)
-    reason = why_not(model)
-    steps = "lean decode steps" if reason is None else f"ordinary decode steps, since {reason}"
-    if reason is None:
+    if why_not(model) is None:
         hasten(model)
-    notes = [note for note in (loaded.source.note, NOTES[known], steps) if note]
+    notes = [note for note in (loaded.source.note, NOTES[known], steps_of(model)) if note]
     return Loaded(model, loaded.tokenizer, replace(loaded.source, note="; ".join(notes)))
 
 

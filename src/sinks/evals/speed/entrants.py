@@ -16,7 +16,7 @@ from sinks.models.attach import attach
 from sinks.models.families import describe
 from sinks.models.load import Loaded, Source, load, quantized
 from sinks.models.step.blocks import why_not
-from sinks.models.step.hasten import hasten
+from sinks.models.step.hasten import hasten, steps_of
 from sinks.reading.tokens import stream_ids
 from sinks.types import Stage
 
@@ -39,8 +39,8 @@ class Entrants:
 def gather(name: str | None, text: str, bench: Bench, *, accept_terms: bool, stage: Stage) -> Entrants:
     """Load the model once for each writer, and read `bench.scored` tokens of `text` to see what rounding costs.
 
-    Raises what `load`, `attach` and `SinkCache.for_model` raise; that a model cannot be quantised, or that a peer is not
-    there, raises nothing and is said in `absent`.
+    Raises what `load`, `attach` and `SinkCache.for_model` raise; that a model cannot be quantised, or that a peer is
+    not there, raises nothing and is said in `absent`.
     """
     plain = load(name, accept_terms=accept_terms)
     ids, _ = stream_ids(plain.tokenizer, text[: 16 * max(bench.levels[-1], bench.scored + 1)])
@@ -73,11 +73,8 @@ def _hastened(loaded: Loaded) -> Loaded:
 
 
 def _enter(made: Entrants, quant: str, loaded: Loaded, bench: Bench) -> None:
-    reason = why_not(loaded.model)
-    steps = "lean decode steps" if reason is None else f"ordinary decode steps, since {reason}"
-    made.notes[OURS[quant]] = (
-        loaded.source.note if quant != "none" else "; ".join(filter(None, (loaded.source.note, steps)))
-    )
+    said = [loaded.source.note, steps_of(loaded.model)] if quant == "none" else [loaded.source.note]
+    made.notes[OURS[quant]] = "; ".join(filter(None, said))
     made.writers.append(Ours(OURS[quant], loaded, bench.plan))
 
 
@@ -88,9 +85,8 @@ def _enter_peers(made: Entrants, plain: Loaded, name: str | None, bench: Bench, 
     else:
         made.absent.append(f"transformers: it would keep {needed:,} tokens, and this model was trained on {trained:,}")
     try:
-        made.writers.append(
-            LlamaCpp(gguf_of(plain.source, name, accept_terms), bench.plan.capacity, torch.get_num_threads())
-        )
+        gguf = gguf_of(plain.source, name, accept_terms)
+        made.writers.append(LlamaCpp(gguf, bench.plan.capacity, torch.get_num_threads()))
     except SinksError as error:
         made.absent.append(str(error))
 

@@ -23,7 +23,7 @@ from sinks.types import Stage, unwatched
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: at each of `levels` (tokens in the stream), `rounds` bursts of `burst` tokens of each writer."""
+    """At each of `levels` (tokens in the stream) every writer writes `rounds` bursts of `burst` tokens."""
 
     levels: tuple[int, ...] = (128, 1000, 4000)
     rounds: int = 9

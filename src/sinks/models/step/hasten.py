@@ -22,7 +22,9 @@ from sinks.errors import CacheError
 from sinks.models.attach import LENSES, attachment_of
 from sinks.models.families import base_of
 from sinks.models.rotary import rotary_modules
-from sinks.models.step.blocks import StepModel, step_model
+from sinks.models.step.blocks import StepModel, step_model, why_not
+from sinks.models.step.native import NativeStep, native_reason
+from sinks.models.step.slots import SlotCache
 from sinks.types import StreamCache
 
 PLAIN = {"input_ids", "past_key_values", "use_cache"}
@@ -54,11 +56,20 @@ def is_hastened(model: PreTrainedModel) -> bool:
     return isinstance(model.forward, LeanForward)
 
 
+def steps_of(model: PreTrainedModel) -> str:
+    """How this model decodes, in words: compiled, lean or ordinary steps, and why no better ones."""
+    if not is_hastened(model):
+        return f"ordinary decode steps, since {why_not(model) or 'it is not hastened'}"
+    reason = native_reason(model)
+    return "compiled decode steps" if reason is None else f"lean decode steps, not compiled, since {reason}"
+
+
 class LeanForward:
     """The `forward` of one hastened model: a lean step where it is one, the model's own forward otherwise."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.lean = step_model(model)
+        self.native = NativeStep(model) if native_reason(model) is None else None
         self._model = weakref.ref(model)
         self.__signature__ = inspect.signature(model.forward)  # transformers asks what a model can be given
         base = base_of(model)
@@ -71,7 +82,7 @@ class LeanForward:
         if args or not is_step(model, kwargs) or any(self._hooks):
             return type(model).forward(model, *args, **kwargs)
         cache = kwargs["past_key_values"]
-        logits = step(self.lean, base_of(model), kwargs["input_ids"], cache)
+        logits = step(self.lean, self.native, base_of(model), kwargs["input_ids"], cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -95,17 +106,24 @@ def is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def step(
-    lean: StepModel, owner: nn.Module, ids: Int[Tensor, "rows 1"], cache: StreamCache
+    lean: StepModel, native: NativeStep | None, owner: nn.Module, ids: Int[Tensor, "rows 1"], cache: StreamCache
 ) -> Float[Tensor, "rows 1 vocab"]:
-    """Feed one token a row to the `cache` of the model `owner`; the logits behind them."""
+    """Feed one token a row to the `cache` of the model `owner`; the logits behind them.
+
+    By the compiled step `native` where there is one and the cache lays its slots open; else through `cache.attend`.
+    """
     cache.open_pass(owner, (len(ids), 1), None, None)
     complete = False
     try:
-        states = _through_blocks(lean, ids, cache)
+        slots = cache.step_slots() if native is not None and isinstance(cache, SlotCache) else None
+        if native is not None and slots is not None:
+            logits = native(lean.embed(ids[:, 0]), slots)
+        else:
+            logits = lean.head(lean.norm(_through_blocks(lean, ids, cache)))
         complete = True
     finally:
         cache.close_pass(complete)
-    return lean.head(lean.norm(states)).unsqueeze(1)
+    return logits.unsqueeze(1)
 
 
 def _through_blocks(lean: StepModel, ids: Tensor, cache: StreamCache) -> Tensor:

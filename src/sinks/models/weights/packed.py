@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +50,14 @@ class PackedLinear(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None) -> Self:
+    def of(
+        cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None
+    ) -> PackedLinear:
         """Round a weight."""
 
     @classmethod
     @abstractmethod
-    def beside(cls, parts: Sequence[Any]) -> Self | None:
+    def beside(cls, parts: Sequence[Any]) -> PackedLinear | None:
         """One layer with the outputs of `parts`, of its own kind, side by side; None where the layout forbids it.
 
         The parts' weights become views of the new one's.
@@ -81,14 +83,16 @@ class Int8Linear(PackedLinear):
         self.values, self.scales = _held(values), _held(scales)
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None) -> Self:
+    def of(
+        cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None
+    ) -> Int8Linear:
         wide = weight.detach().float()
         scales = _rounded_up(wide.abs().amax(dim=1) / 127)
         values = (wide / scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
         return cls(values, scales, bias)
 
     @classmethod
-    def beside(cls, parts: Sequence[Any]) -> Self | None:
+    def beside(cls, parts: Sequence[Any]) -> Int8Linear | None:
         made = cls(
             torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), _biases(parts)
         )
@@ -118,7 +122,9 @@ class Int4Linear(PackedLinear):
         self.packed, self.scales = _held(packed), _held(scales)
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None) -> Self:
+    def of(
+        cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None
+    ) -> Int4Linear:
         rows = len(weight)
         wide = F.pad(weight.detach().float(), (0, 0, 0, -rows % TILE))
         q, scales = grid(wide)
@@ -126,7 +132,7 @@ class Int4Linear(PackedLinear):
         return cls(packed, scales, rows, bias)
 
     @classmethod
-    def beside(cls, parts: Sequence[Any]) -> Self | None:
+    def beside(cls, parts: Sequence[Any]) -> Int4Linear | None:
         if any(part.out_features % BLOCK for part in parts):
             return None
         packed, scales = torch.cat([part.packed for part in parts]), torch.cat([part.scales for part in parts], dim=1)

@@ -85,7 +85,7 @@ def _check_layers(model: PreTrainedModel, quant: Quant) -> None:
         raise InvalidInput("this model is quantised already: load it again to quantise it otherwise")
     model_type = model.config.model_type
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding):
             continue
         if any(weight.ndim > 1 for weight in module.parameters(recurse=False)):
             kind = type(module).__name__

@@ -1,0 +1,36 @@
+"""What a step that reads and writes a cache's slots by itself must be told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepSlots:
+    """Where the one token of an open pass goes, the same in every layer.
+
+    `keys[layer]` and `values[layer]` are `[1, kv_heads, capacity, head_dim]`, contiguous float32 on the CPU; the token's
+    own go into `slot`, turned by the first two rows of `turns`. It sees the first `filled` slots, the first `sinks` of them
+    with a query turned by the last two: cosine and sine at its stream position, cosine and sine at its cache position.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    slot: int
+    filled: int
+    sinks: int
+    turns: Float[Tensor, "4 pairs"]
+
+
+@runtime_checkable
+class SlotCache(Protocol):
+    """A streaming cache that may hand its slots out."""
+
+    def step_slots(self) -> StepSlots | None:
+        """The slots for the pass now open; None where they are not as `StepSlots` says."""
+        ...
