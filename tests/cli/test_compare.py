@@ -76,6 +76,12 @@ def test_json_stands_alone_on_standard_output(compare: Command, tmp_path: Path, 
     assert "peak" in shown.err
 
 
+def test_rounded_weights_stand_in_the_record(compare: Command, capsys: pytest.CaptureFixture[str]):
+    assert compare("--json", "--arms", "sinks", "--quant", "int8") == 0
+    model: dict[str, Any] = json.loads(capsys.readouterr().out)["model"]
+    assert model["quant"] == "int8" and model["note"].startswith("linear weights int8 by row; ")
+
+
 def test_dense_reads_on_if_asked_to(compare: Command, capsys: pytest.CaptureFixture[str]):
     assert compare("--json", "--arms", "dense", "--beyond-trained-length") == 0
     (dense,) = json.loads(capsys.readouterr().out)["arms"]
@@ -113,6 +119,7 @@ def test_old_results_are_replaced_and_other_files_left(compare: Command, tmp_pat
         (["--arms", "sinks,dens"], f"no arm is called 'dens': the arms are {', '.join(ARMS)}"),
         (["--arms", ","], "no arm was asked for"),
         (["--dtype", "int3"], "int3"),
+        (["--quant", "int3"], "quant='int3' is unknown: choose one of none, int8, int4"),
         (["--text", "no such text"], "no such text"),
         (["--model", "no such model"], "no such model"),
     ],

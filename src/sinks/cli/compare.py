@@ -51,6 +51,7 @@ class Flags:
     json: Annotated[bool, typer.Option("--json", help="Print compare.json, and the table on standard error.")] = False
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu"
     dtype: Annotated[str, typer.Option(help="Number format of weights and arithmetic.")] = "float32"
+    quant: Annotated[str, typer.Option(help="Linear weights: none (as they are), int8 or int4 (CPU only).")] = "none"
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
     ] = False
@@ -130,7 +131,9 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     from sinks.reading.tokens import cut, stream_ids
 
     text = read_text(flags.text or DEFAULT_TEXT)
-    loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    loaded = load(
+        flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms, quant=flags.quant
+    )
     model = attach(loaded.model)
     SinkCache.for_model(model, sinks=settings.sinks, window=settings.window)  # raises if they do not fit the model
     every_id, bos = stream_ids(loaded.tokenizer, text.text)
@@ -141,7 +144,7 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     source = {key: value for key, value in asdict(text).items() if key != "text"}
     return comparison, {
         "created": now(),
-        "model": asdict(loaded.source) | {"dtype": flags.dtype, "device": str(model.device)},
+        "model": asdict(loaded.source) | {"dtype": flags.dtype, "quant": flags.quant, "device": str(model.device)},
         "text": source | {"tokens": len(every_id), "bos": bos},
         "machine": machine(model.device),
         "versions": versions(),

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ KEPT = 4
 """Tokens that llama.cpp keeps at the beginning when it shifts its context, as we keep sinks."""
 
 
+@runtime_checkable
 class Writer(Protocol):
     """One way to write a stream."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 class StepSlots:
     """Where the one token of an open pass goes, the same in every layer.
 
-    `keys[layer]` and `values[layer]` are `[1, kv_heads, capacity, head_dim]`, contiguous float32 on the CPU; the token's
-    own go into `slot`, turned by the first two rows of `turns`. It sees the first `filled` slots, the first `sinks` of them
-    with a query turned by the last two: cosine and sine at its stream position, cosine and sine at its cache position.
+    `keys[layer]` and `values[layer]` are `[1, kv_heads, capacity, head_dim]`, contiguous float32 on the CPU; the
+    token's own go into `slot`. It sees the first `filled` slots. `turns` are cosine and sine at its stream position,
+    by which its key is turned, and its query for all slots but the first `sinks`; then cosine and sine at its cache
+    position, by which its query is turned for those.
     """
 
     keys: Sequence[Tensor]
