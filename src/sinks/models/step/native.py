@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _linears(block: Any) -> list[Any]:
 class NativeStep:
     """The compiled step of one model: its weights stay alive here. int4 weights are held a second time, 4.5 bits each.
 
-    It serves one step at a time; its scratch memory is its own.
+    Sessions in several threads may share it: steps go one after the other, since each takes all threads anyway.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -113,6 +114,7 @@ class NativeStep:
         self._library.sinks_scratch.restype = ctypes.c_int64
         self._library.sinks_step.restype = None
         self._scratch = torch.empty(0)
+        self._free = Lock()
 
     def __call__(self, states: Float[Tensor, "1 width"], slots: StepSlots) -> Float[Tensor, "1 vocab"]:
         """The logits behind a token whose embedding is `states`; its keys and values are in their slots afterwards."""
@@ -131,10 +133,11 @@ class NativeStep:
         )
         model, where = ctypes.byref(self._model), ctypes.byref(given)
         needed = self._library.sinks_scratch(model, _Whole(capacity), threads)
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed)
-        pointers = (_Pointer(each.data_ptr()) for each in (states, logits, self._scratch))
-        self._library.sinks_step(model, where, *pointers, threads)
+        with self._free:
+            if self._scratch.numel() < needed:
+                self._scratch = torch.empty(needed)
+            pointers = (_Pointer(each.data_ptr()) for each in (states, logits, self._scratch))
+            self._library.sinks_step(model, where, *pointers, threads)
         return logits
 
     def _block(self, layer: Any) -> _Block:
