@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinks.cache.cache import SinkCache
 from sinks.cache.fingerprint import fingerprint
-from sinks.cache.quantized import encode
+from sinks.cache.rings.quantized import encode
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.lens import Lens, Sight

@@ -87,6 +87,12 @@ def test_eight_bits_beside_full_precision(compare: Command, capsys: pytest.Captu
     assert f"{ratio:.3f} times that of full precision" in " ".join(capsys.readouterr().out.split())
 
 
+def test_rounded_weights_stand_in_the_record(compare: Command, capsys: pytest.CaptureFixture[str]):
+    assert compare("--json", "--arms", "sinks", "--quant", "int8") == 0
+    model: dict[str, Any] = json.loads(capsys.readouterr().out)["model"]
+    assert model["quant"] == "int8" and model["note"].startswith("linear weights int8 by row; ")
+
+
 def test_dense_reads_on_if_asked_to(compare: Command, capsys: pytest.CaptureFixture[str]):
     assert compare("--json", "--arms", "dense", "--beyond-trained-length") == 0
     (dense,) = json.loads(capsys.readouterr().out)["arms"]
@@ -126,6 +132,7 @@ def test_old_results_are_replaced_and_other_files_left(compare: Command, tmp_pat
         (["--dtype", "int3"], "int3"),
         (["--cache", "int4"], "cache 'int4' is unknown: choose one of full, int8"),
         (["--cache", "int8", "--arms", "dense"], "add it to the arms"),
+        (["--quant", "int3"], "quant='int3' is unknown: choose one of none, int8, int4"),
         (["--text", "no such text"], "no such text"),
         (["--model", "no such model"], "no such model"),
     ],

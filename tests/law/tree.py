@@ -35,7 +35,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`src/sinks/cache/ring.py` -> `sinks.cache.ring`; a folder's `__init__.py` -> the folder's package."""
+    """`src/sinks/cache/rings/ring.py` -> `sinks.cache.rings.ring`; a folder's `__init__.py` -> the folder's package."""
     parts = path.relative_to("src").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -7,6 +7,7 @@
 | `models` | GGUF and ONNX models rewritten as safetensors, named by the SHA-256 of the original |
 | `digests` | SHA-256 of the user's own GGUF files, so that each is hashed once |
 | `terms` | which licence terms were accepted |
+| `native` | steps compiled for this processor |
 | `work` | unfinished work; nothing in it is ever read as a result |
 | `locks` | so that two processes do not do the same work twice |
 """

@@ -13,12 +13,14 @@ from transformers.cache_utils import Cache
 
 from sinks.cache.arrival import Arrival, Block
 from sinks.cache.plan import Plan, check_whole
-from sinks.cache.quantized import QuantizedRing
-from sinks.cache.ring import Ring
+from sinks.cache.rings.quantized import QuantizedRing
+from sinks.cache.rings.ring import Ring
+from sinks.cache.rings.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Lens
 from sinks.kernels.scoring import Scoring
 from sinks.models.families import Scheme, base_of, describe
+from sinks.models.step.slots import StepSlots
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 1020
@@ -190,6 +192,14 @@ class SinkCache(Cache):
         if self._arrival is None or self._arrival.columns != 1:
             raise CacheError("no forward pass of one token a row is open on this SinkCache")
         return self._arrival.blocks(self.rings[layer].plan, device)[0]
+
+    def step_slots(self) -> StepSlots | None:
+        """The slots for the pass now open, for a step that reads and writes them by itself; None where it cannot."""
+        kinds = {layer.rotary for layer in self._scheme.layers}
+        if self._arrival is None or self._scheme.slopes is not None or len(kinds) != 1 or None in kinds:
+            return None
+        (kind,) = kinds
+        return open_slots(self.rings, self.plan, self._arrival, self._rotaries[str(kind)])
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""

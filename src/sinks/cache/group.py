@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from sinks.cache.arrival import Arrival
 from sinks.cache.cache import SinkCache
-from sinks.cache.ring import turn
+from sinks.cache.rings.ring import turn
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.lens import Lens
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, kind_of
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, kind_of
 
 if TYPE_CHECKING:
     from sinks.cli.terminal.stopping import Stopper
@@ -55,6 +55,7 @@ class Flags:
     cache: CacheKind = "full"
     device: Device = "cpu"
     dtype: Dtype = "float32"
+    quant: Quant = "none"
     accept_terms: AcceptTerms = False
 
 
@@ -86,7 +87,9 @@ def run(flags: Flags) -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says: vocabularies are UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     screen, stopper = Screen(sys.stdin.isatty() and sys.stdout.isatty()), Stopper()
-    loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    loaded = load(
+        flags.model, dtype=flags.dtype, device=flags.device, quant=flags.quant, accept_terms=flags.accept_terms
+    )
     session = open_session(flags, loaded, sinks, stopper)
     conversation = Conversation(session, sampling, max_tokens, screen, stopper)
     if screen.lively:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, Device, Dtype, kind_of
+from sinks.cli.flags import AcceptTerms, Device, Dtype, Quant, kind_of
 from sinks.cli.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Flags:
     json: Annotated[bool, typer.Option("--json", help="Print compare.json, and the table on standard error.")] = False
     device: Device = "cpu"
     dtype: Dtype = "float32"
+    quant: Quant = "none"
     accept_terms: AcceptTerms = False
 
 
@@ -133,7 +134,9 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     from sinks.reading.tokens import cut, stream_ids
 
     text = read_text(flags.text or DEFAULT_TEXT)
-    loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    loaded = load(
+        flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms, quant=flags.quant
+    )
     model = attach(loaded.model)
     SinkCache.for_model(model, sinks=settings.sinks, window=settings.window)  # raises if they do not fit the model
     every_id, bos = stream_ids(loaded.tokenizer, text.text)
@@ -144,7 +147,7 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
     source = {key: value for key, value in asdict(text).items() if key != "text"}
     return comparison, {
         "created": now(),
-        "model": asdict(loaded.source) | {"dtype": flags.dtype, "device": str(model.device)},
+        "model": asdict(loaded.source) | {"dtype": flags.dtype, "quant": flags.quant, "device": str(model.device)},
         "text": source | {"tokens": len(every_id), "bos": bos},
         "machine": machine(model.device),
         "versions": versions(),

@@ -12,6 +12,9 @@ Dtype = Annotated[str, typer.Option(help="Number format of weights and arithmeti
 AcceptTerms = Annotated[
     bool, typer.Option("--accept-terms", help="Accept the licence terms of a model that asks for it.")
 ]
+Quant = Annotated[
+    str, typer.Option(help="Linear weights: none (as they are), int8 or int4 (CPU only; decoding is faster).")
+]
 CacheKind = Annotated[str, typer.Option(help="What keys and values are kept as: full, or int8 for a quarter of that.")]
 
 

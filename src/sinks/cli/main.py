@@ -17,7 +17,7 @@ import typer
 
 from sinks.errors import InvalidInput, SinksError, UnknownName
 
-COMMANDS = ("chat", "compare", "models", "scan", "stream")
+COMMANDS = ("chat", "stream", "compare", "scan", "bench", "models")
 
 DEBUG = "SINKS_DEBUG"
 """Name of the environment variable that, set to anything, shows the traceback of an error."""

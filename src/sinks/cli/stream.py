@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, kind_of
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, kind_of
 
 if TYPE_CHECKING:
     from sinks.reading.pipe import Line, Usual
@@ -62,6 +62,7 @@ class Flags:
     cache: CacheKind = "full"
     device: Device = "cpu"
     dtype: Dtype = "float32"
+    quant: Quant = "none"
     accept_terms: AcceptTerms = False
 
     @property
@@ -130,7 +131,9 @@ def opened(flags: Flags) -> "Session":
         raise InvalidInput("a loaded stream has its sinks and window: leave out --sinks, --window and --cache")
     if flags.save is not None and not flags.save.absolute().parent.is_dir():
         raise InvalidInput(f"no stream can be kept as '{flags.save}': there is no such folder")
-    loaded = load(flags.model, dtype=flags.dtype, device=flags.device, accept_terms=flags.accept_terms)
+    loaded = load(
+        flags.model, dtype=flags.dtype, device=flags.device, quant=flags.quant, accept_terms=flags.accept_terms
+    )
     if flags.load is not None:
         session = Session.open(loaded, sinks=0, window=1)  # fits any model; the file brings its own sizes
         session.load(flags.load)

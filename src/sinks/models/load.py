@@ -28,6 +28,9 @@ from sinks.models.checkpoints.pretrained import (
     refuse_missing,
 )
 from sinks.models.checkpoints.quiet import quiet
+from sinks.models.step.blocks import why_not
+from sinks.models.step.hasten import hasten, steps_of
+from sinks.models.weights.quantize import NOTES, check_quant, quantize
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -64,6 +67,7 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     accept_terms: bool = False,
+    quant: str = "none",
     progress: Progress | None = None,
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
@@ -78,18 +82,22 @@ def load(
         device: where the model goes.
         trust_remote_code: run Python code that the model brings along. Never on by itself.
         accept_terms: the user has read and accepts the terms of a built-in model that has some.
+        quant: "int8" or "int4" rounds the linear weights (see `quantize`; CPU only) and, where the model is
+            Llama-shaped, hastens its decode steps (see `hasten`); `Source.note` says both. "none" leaves it alone.
         progress: told about downloaded bytes; None draws a bar when standard error is a terminal.
 
     Raises:
         UnknownName: nothing has this name.
         UnsafeCheckpoint: it is a pickle, or needs code while `trust_remote_code` is off.
-        UnsupportedModel: it is no causal language model, or one that transformers does not know.
+        UnsupportedModel: it is no causal language model, one that transformers does not know, or one that cannot be
+            quantised.
         FetchError: it could not be downloaded; the message says what to do without a network.
         ChecksumError: what was downloaded is not what was asked for.
         AssetError: it is damaged or incomplete, its terms are not accepted, or the cache folder cannot be written.
-        InvalidInput: no such dtype or device.
+        InvalidInput: no such dtype, device or quantisation, or not together.
     """
     element, place = element_type(dtype), placement(device)
+    check_quant(quant, place, element)
     with reporting(progress) as report:
         folder, source = _find(name, trust_remote_code, accept_terms, report)
     check_config(folder, trust_remote_code)
@@ -101,7 +109,22 @@ def load(
         tokenizer = read_tokenizer(folder, trust_remote_code)
     cast(torch.nn.Module, model).to(place)  # the annotation of transformers' own `to` lost its `self`
     model.eval()
-    return Loaded(model, tokenizer, source)
+    return quantized(Loaded(model, tokenizer, source), quant)
+
+
+def quantized(loaded: Loaded, quant: str) -> Loaded:
+    """The same model, changed: linear weights rounded, decode steps lean where it is Llama-shaped; the source says so.
+
+    Raises what `quantize` raises.
+    """
+    known = check_quant(quant, loaded.model.device, loaded.model.dtype)
+    if known == "none":
+        return loaded
+    model = quantize(loaded.model, known)
+    if why_not(model) is None:
+        hasten(model)
+    notes = [note for note in (loaded.source.note, NOTES[known], steps_of(model)) if note]
+    return Loaded(model, loaded.tokenizer, replace(loaded.source, note="; ".join(notes)))
 
 
 def prepare(

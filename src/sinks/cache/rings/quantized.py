@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
-from sinks.cache.ring import Ring
+from sinks.cache.rings.ring import Ring
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.phase import table_dtype
 

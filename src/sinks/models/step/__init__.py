@@ -1,0 +1,1 @@
+"""One decode step of a Llama-shaped model without what a module tree costs."""

@@ -1,0 +1,143 @@
+"""`hasten(model)`: decode steps of a Llama-shaped model without what a module tree costs.
+
+A step of one token through thirty blocks is a thousand small calls, and on a CPU half of its time is spent between
+them. `hasten` gives the model object a `forward` of its own, which knows one case, a `SinkCache`, one new token a row
+and nothing else asked for, and passes every other call on to the model's own. The same cache is driven through the
+same verbs (`open_pass`, `attend`, `close_pass`), so steps and chunks, forks and snapshots mix as before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sinks.errors import CacheError
+from sinks.models.attach import LENSES, attachment_of
+from sinks.models.families import base_of
+from sinks.models.rotary import rotary_modules
+from sinks.models.step.blocks import StepModel, step_model, why_not
+from sinks.models.step.native import NativeStep, native_reason
+from sinks.models.step.slots import SlotCache
+from sinks.types import StreamCache
+
+PLAIN = {"input_ids", "past_key_values", "use_cache"}
+
+
+def hasten(model: PreTrainedModel) -> PreTrainedModel:
+    """Give `model` lean decode steps, and return it. Doing so twice is doing so once; `unhasten` undoes it.
+
+    Before or after `attach`. Projections of one input become views of one weight: edit them in place, or `unhasten`
+    and `hasten` again after replacing them. While hooks sit on modules inside the model, or a lens observes it, or
+    gradients are on, it runs as before.
+
+    Raises UnsupportedModel, with the reason, for a model that is not Llama-shaped.
+    """
+    if not is_hastened(model):
+        model.forward = LeanForward(model)
+    return model
+
+
+def unhasten(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `hasten`, and return the model. A model that is not hastened is left alone."""
+    if is_hastened(model):
+        del model.forward
+    return model
+
+
+def is_hastened(model: PreTrainedModel) -> bool:
+    """Whether decode steps of this model are lean."""
+    return isinstance(model.forward, LeanForward)
+
+
+def steps_of(model: PreTrainedModel) -> str:
+    """How this model decodes, in words: compiled, lean or ordinary steps, and why no better ones."""
+    if not is_hastened(model):
+        return f"ordinary decode steps, since {why_not(model) or 'it is not hastened'}"
+    reason = native_reason(model)
+    return "compiled decode steps" if reason is None else f"lean decode steps, not compiled, since {reason}"
+
+
+class LeanForward:
+    """The `forward` of one hastened model: a lean step where it is one, the model's own forward otherwise."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.lean = step_model(model)
+        self.native = NativeStep(model) if native_reason(model) is None else None
+        self._model = weakref.ref(model)
+        self.__signature__ = inspect.signature(model.forward)  # transformers asks what a model can be given
+        base = base_of(model)
+        spared = {model, base, *rotary_modules(base)}  # `attach` hooks these, and means no other computation by it
+        inside = [module for module in model.modules() if module not in spared]
+        self._hooks = [held for module in inside for held in (module._forward_hooks, module._forward_pre_hooks)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        if args or not is_step(model, kwargs) or any(self._hooks):
+            return type(model).forward(model, *args, **kwargs)
+        cache = kwargs["past_key_values"]
+        logits = step(self.lean, self.native, base_of(model), kwargs["input_ids"], cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise CacheError("a copy of a hastened model would compute with the original's weights: unhasten it first")
+
+    def __reduce__(self) -> NoReturn:
+        raise CacheError("a hastened model cannot be pickled: unhasten it first")
+
+
+def is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """One new token a row into a streaming cache, nothing else asked for, nobody looking."""
+    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not isinstance(cache, StreamCache):
+        return False
+    more = [name for name, value in kwargs.items() if name not in PLAIN and value is not None]
+    if more or kwargs.get("use_cache") is False or torch.is_grad_enabled() or model.training:
+        return False
+    config: Any = model.config
+    asked = config.output_attentions or config.output_hidden_states or config.return_dict is False
+    return not asked and attachment_of(model) is not None and not LENSES.get(base_of(model))
+
+
+def step(
+    lean: StepModel, native: NativeStep | None, owner: nn.Module, ids: Int[Tensor, "rows 1"], cache: StreamCache
+) -> Float[Tensor, "rows 1 vocab"]:
+    """Feed one token a row to the `cache` of the model `owner`; the logits behind them.
+
+    By the compiled step `native` where there is one and the cache lays its slots open; else through `cache.attend`.
+    """
+    cache.open_pass(owner, (len(ids), 1), None, None)
+    complete = False
+    try:
+        slots = cache.step_slots() if native is not None and isinstance(cache, SlotCache) else None
+        if native is not None and slots is not None:
+            logits = native(lean.embed(ids[:, 0]), slots)
+        else:
+            logits = lean.head(lean.norm(_through_blocks(lean, ids, cache)))
+        complete = True
+    finally:
+        cache.close_pass(complete)
+    return logits.unsqueeze(1)
+
+
+def _through_blocks(lean: StepModel, ids: Tensor, cache: StreamCache) -> Tensor:
+    rows, dim = len(ids), lean.head_dim
+    queries, keys = lean.heads
+    options = {"scale": lean.scale, "softcap": None, "sink_logits": None}
+    states = lean.embed(ids[:, 0])
+    for layer, block in enumerate(lean.blocks):
+        heads = block.qkv(block.before_attention(states)).view(rows, queries + 2 * keys, 1, dim)
+        query, key, value = heads.split((queries, keys, keys), dim=1)
+        if block.head_norms is not None:
+            query, key = block.head_norms[0](query), block.head_norms[1](key)
+        seen = cache.attend(layer, query, key, value, **options)
+        states = states + block.out(seen.reshape(rows, -1))
+        gate, up = block.gate_up(block.before_mlp(states)).chunk(2, dim=-1)
+        states = states + block.down(nn.functional.silu(gate) * up)
+    return states

@@ -1,0 +1,1 @@
+"""Weights kept in fewer bits, multiplied by kernels that PyTorch ships for CPUs."""
