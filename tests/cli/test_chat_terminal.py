@@ -88,17 +88,19 @@ class Terminal:
             | {"TERM": "xterm-256color"} | environment,
         )  # fmt: skip
         os.close(inside)
-        self.shown = ""
+        self.shown, self.unread = "", b""
 
     def until(self, text: str, seconds: float = 60) -> str:
-        """What is shown from here on until `text` is."""
-        end, new = time.monotonic() + seconds, b""
-        while text.encode() not in new:
-            assert time.monotonic() < end, f"{text!r} never came: {self.shown + new.decode(errors='replace')}"
+        """What is shown from here on up to `text`; what comes behind it is left for the next call."""
+        end = time.monotonic() + seconds
+        while text.encode() not in self.unread:
+            assert time.monotonic() < end, f"{text!r} never came: {self.shown + self.unread.decode(errors='replace')}"
             if select.select([self.handle], [], [], 0.1)[0]:
-                new += os.read(self.handle, 4096)
-        self.shown += new.decode(errors="replace")
-        return new.decode(errors="replace")
+                self.unread += os.read(self.handle, 4096)
+        before, found, self.unread = self.unread.partition(text.encode())
+        told = (before + found).decode(errors="replace")
+        self.shown += told
+        return told
 
     def type(self, text: str) -> None:
         os.write(self.handle, text.encode())
