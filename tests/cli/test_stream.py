@@ -228,7 +228,7 @@ def test_ctrl_c_while_reading_waits_for_the_pass(
         (["--continue", "0"], "continue must be at least 1 token, got 0"),
         (["--ask", "?"], "say with --continue how many tokens"),
         (["--continue", "5", "--only-unusual"], "add --surprise"),
-        (["--load", "kept", "--sinks", "4"], "leave out --sinks and --window"),
+        (["--load", "kept", "--sinks", "4"], "leave out --sinks, --window and --cache"),
         (["--load", "nothing"], "nothing"),
         (["--save", "no/such/folder/kept"], "there is no such folder"),
         (["--threshold", "-1"], "give numbers above 0"),

@@ -6,7 +6,7 @@ from typing import no_type_check
 
 import typer
 
-from sinks.cli.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
 
 
 def register(app: typer.Typer) -> None:

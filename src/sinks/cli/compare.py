@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinks.cli.flags import AcceptTerms, Device, Dtype, Quant, kind_of
-from sinks.cli.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
     from sinks.evals.arms import Settings

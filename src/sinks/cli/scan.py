@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinks.cli.flags import AcceptTerms, Device, Dtype
-from sinks.cli.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
 
 if TYPE_CHECKING:
     from sinks.analysis.survey import Survey, SurveySettings

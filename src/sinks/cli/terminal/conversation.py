@@ -1,5 +1,6 @@
 """One conversation: its session, what was kept of earlier moments, and how answers are written."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -80,10 +81,11 @@ class Conversation:
 
     def _show(self, pieces: Iterator[str]) -> None:
         begun, seen = time.perf_counter(), self.session.seen
-        for piece in pieces:
-            self.screen.piece(piece)
-            if self.stopper.asked:
-                break
+        with contextlib.suppress(Stopped):
+            for piece in pieces:
+                self.screen.piece(piece)
+                if self.stopper.asked:
+                    break
         self.screen.line()
         written = self.session.seen - seen
         if self.session.finish == "length":

@@ -10,14 +10,14 @@ PATIENCE = 3
 
 
 class Stopped(Exception):
-    """The reading of a message was given up between two chunks; what was read by then is in the stream."""
+    """Reading or writing was given up between two passes; what was read or written by then is in the stream."""
 
 
 class Stopper:
     """Whether somebody wants the present answer to stop.
 
     A forward pass that is broken off leaves a cache of no use, so Ctrl-C must not raise there. The loop that writes
-    looks at `asked` between two pieces; a long message is left where the session says what it lets go (`heard`).
+    looks at `asked` between two pieces; elsewhere a stream is left where it says what it lets go (`heard`).
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,11 @@ class Stopper:
         return asked
 
     def heard(self, start: int, ids: list[int]) -> None:
-        """The session's listener (`on_evict`): its state is whole when it tells us."""
-        if self.reading and self.asked:
+        """The session's listener (`on_evict`): its state is whole when it tells us.
+
+        An answer is left between two pieces; asked again, also between two tokens that make no piece.
+        """
+        if self.asked and (self.reading or self.presses > 1):
             raise Stopped
 
     def _count(self, number: int, frame: FrameType | None) -> None:
