@@ -62,14 +62,17 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture
 def run_sinks(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command as a person does: `run_sinks("models", "--supported")` in a fresh process and an empty folder."""
+    """Run the command as a person does: `run_sinks("models", "--supported")` in a fresh process and an empty folder.
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    `piped` is what it finds on its standard input.
+    """
+
+    def run(*arguments: str, piped: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "sinks", *arguments],
             cwd=tmp_path,
             env=os.environ | {"NO_COLOR": "1", "COLUMNS": "80"} | environment,
-            stdin=subprocess.DEVNULL,
+            input=piped,
             capture_output=True,
             text=True,
         )

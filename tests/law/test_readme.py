@@ -1,7 +1,7 @@
 """README.md cannot lie: its commands are run, its Python is run, its targets and its links exist.
 
-Sizes are made small before a command is run; all else stays as it is written. A command that is neither `sinks` nor
-`make` must stand in `NOT_RUN` with the reason.
+Sizes are made small before a command is run; all else stays as it is written. Of a pipeline the last command is run, on
+`PIPED`. A command that is neither `sinks` nor `make` must stand in `NOT_RUN` with the reason.
 """
 
 import os
@@ -21,10 +21,15 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 SMALL = {
+    "chat": {"--max-tokens": "4"},
     "compare": {"--tokens": "300", "--window": "60", "--samples": "4"},
     "scan": {"--parts": "sink_rates", "--texts": "4", "--context": "64"},
+    "stream": {"--window": "60"},
 }
 """What stands in for the sizes of a command; a command listed here needs the built-in model."""
+
+PIPED = "The first line of what is piped.\nAnd the second.\n"
+"""What a command that reads its standard input finds there."""
 
 NOT_RUN: dict[str, str] = {}
 """Other commands that may stand in the README: the command, and why it is not run here."""
@@ -35,7 +40,12 @@ def commands_in(language: str, block: str) -> list[str]:
     lines = block.replace("\\\n", " ").splitlines()
     if language == "console":
         lines = [line.removeprefix("$") for line in lines if line.startswith("$ ")]
-    return [command for line in lines if (command := shlex.join(shlex.split(line, comments=True)))]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [shlex.join(_last_of_pipeline(each)) for each in words if each]
+
+
+def _last_of_pipeline(words: list[str]) -> list[str]:
+    return _last_of_pipeline(words[words.index("|") + 1 :]) if "|" in words else words
 
 
 def made_small(command: str) -> list[str]:
@@ -78,7 +88,7 @@ def test_every_make_target_exists():
 
 @pytest.mark.parametrize("command", [as_parameter(command) for command in COMMANDS if command.startswith("sinks ")])
 def test_command(command: str, run_sinks: Callable[..., subprocess.CompletedProcess[str]]):
-    result = run_sinks(*made_small(command))
+    result = run_sinks(*made_small(command), piped=PIPED)
     assert result.returncode == 0, result.stderr
 
 
@@ -100,5 +110,6 @@ def test_every_link_into_the_project_leads_somewhere(link: str):
 def test_the_reading_of_commands():
     block = "# why\nsinks compare \\\n  --tokens 9  # so\n\nmake test\n"
     assert commands_in("sh", block) == ["sinks compare --tokens 9", "make test"]
+    assert commands_in("sh", "tail -f log | sinks stream\n") == ["sinks stream"]
     assert commands_in("console", "$ sinks --help\nUsage: sinks\n") == ["sinks --help"]
     assert made_small("sinks compare --tokens 9 --samples 9") == "compare --tokens 300 --samples 4 --window 60".split()
