@@ -25,5 +25,8 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/forward.py::_forward", "parameters", 19, POINTERS),
     Allowed("src/sinks/kernels/device/sink_part.py::_merge", "parameters", 15, POINTERS),
     Allowed("src/sinks/kernels/device/sink_part.py::_sink_gradient", "parameters", 19, POINTERS),
+    Allowed("src/sinks/kernels/device/step.py::_step", "parameters", 22, POINTERS),
+    Allowed("src/sinks/kernels/device/step.py::_finish", "parameters", 16, POINTERS),
+    Allowed("src/sinks/kernels/device/step.py::_write", "parameters", 13, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
 )
