@@ -170,7 +170,9 @@ def test_flex_equals_the_specification_without_a_gpu(case: Case) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [Case(4, 17, 60, logits=0.5, ragged=True), Case(5, 40, 30), Case(0, 9, 40)], ids=str)
+@pytest.mark.parametrize("case", [
+    Case(4, 17, 60, logits=0.5, ragged=True), Case(5, 40, 30), Case(0, 9, 40), Case(1, 1, 1, batch=1),
+], ids=str)  # fmt: skip
 def test_statistics_equal_those_of_written_out_weights(case: Case) -> None:
     heads, positions = case.leaves()[:3], case.positions()
     scoring, first = case.scoring(torch.float32), min(case.sinks, 2)
@@ -215,6 +217,12 @@ def test_a_sink_logit_is_honoured() -> None:
     outs = [run(Case(4, 17, 40, logits=logit), "triton", torch.float16)[0] for logit in (-torch.inf, 0.0, 5.0)]
     for one, other in itertools.combinations(outs, 2):
         assert (one - other).abs().max() > 1e-2
+
+
+@needs_triton
+def test_one_token_alone() -> None:
+    """Sizes of one become constants of the compilation."""
+    check(Case(1, 1, 1, (2, 1), logits=0.0, batch=1), "triton")
 
 
 @needs_triton

@@ -10,7 +10,7 @@ from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels.band.flash import need_flash
 from sinks.kernels.band.operator import Walker, attend_packed
 from sinks.kernels.device.forward import Band, Statistics, forward
-from sinks.kernels.device.language import need_triton
+from sinks.kernels.device.language import need_triton, on
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.turn import turn_key, turn_query
 from sinks.kernels.scoring import Scoring
@@ -39,13 +39,14 @@ def attend(
     rows = _rows(query, positions)
     if not rows.tokens:
         return (query + key.sum() + value.sum()) * 0.0
-    heads = (
-        *turn_query(query, rows, scoring.rotary, sinks + window),
-        turn_key(key, rows, scoring.rotary),
-        rows.pack(value),
-    )
     band = Band(sinks, window, scoring.scale)
-    return rows.unpack(attend_packed(*heads, scoring.sink_logits, rows, band, walker))
+    with on(query.device):
+        heads = (
+            *turn_query(query, rows, scoring.rotary, sinks + window),
+            turn_key(key, rows, scoring.rotary),
+            rows.pack(value),
+        )
+        return rows.unpack(attend_packed(*heads, scoring.sink_logits, rows, band, walker))
 
 
 def measure(
@@ -67,7 +68,7 @@ def measure(
         raise InvalidInput(f"first_keys={first_keys}: mass is counted on sinks, of which there are {sinks}")
     refuse(query, value, sinks, scoring, "triton")
     rows = _rows(query, positions)
-    with torch.no_grad():
+    with torch.no_grad(), on(query.device):
         heads = (
             *turn_query(query, rows, scoring.rotary, sinks + window),
             turn_key(key, rows, scoring.rotary),

@@ -150,7 +150,7 @@ def _note(
     log_sum = largest * scale + tl.log2(total)
     tl.store(figures + place, log_sum * 0.6931471805599453, mask=real)
     if STATISTICS:
-        step = tokens.to(tl.int64) * HEADS
+        step = tl.cast(tokens, tl.int64) * HEADS  # one token alone is a constant
         tl.store(figures + step + place, mass * tl.exp2(peak - log_sum), mask=real)
         entropy = tl.maximum(log_sum - weighed / total * scale, 0.0) * 0.6931471805599453
         tl.store(figures + 2 * step + place, entropy, mask=real)

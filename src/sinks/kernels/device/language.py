@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -60,6 +61,11 @@ def need_triton(device: torch.device) -> None:
             f"a program of this GPU has {there} bytes of shared memory and the kernels need {SHARED_BYTES}: choose "
             "impl='flex' or 'chunked'"
         )
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on the GPU that holds the tensors: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def describe(heads: torch.Tensor, rows: int) -> Any:

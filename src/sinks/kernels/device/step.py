@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels.device.forward import Statistics
-from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, need_triton, tl
+from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, need_triton, on, tl
 from sinks.kernels.device.turn import partners, tables
 from sinks.kernels.scoring import Scoring
 
@@ -279,16 +279,17 @@ def attend_step(
     figures = step.partials.new_empty((4, batch, heads) if step.first_keys is not None else (1,))
     rotary = (0, 0) if scoring.rotary is None else (scoring.rotary.first, scoring.rotary.width // 2)
     tiles = -(-(step.sinks + step.window) // step.slots)
-    _step[(step.splits, kv_heads, batch)](
-        new, (keys, values), out, figures, step.partials, step.arrivals, positions, step.steps,
-        figures if scoring.sink_logits is None else scoring.sink_logits,
-        (step.sinks, step.window, scoring.scale * LOG2E),
-        (-(-tiles // step.splits) * step.slots, step.sinks + step.window, step.first_keys or 0), rotary,
-        HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, PADDED=_power_of_two(head_dim),
-        MEMBERS=_members(heads // kv_heads), SLOTS=step.slots, SPLITS=step.splits,
-        INTERLEAVED=scoring.rotary is not None and scoring.rotary.interleaved,
-        LOGITS=scoring.sink_logits is not None, STATISTICS=step.first_keys is not None, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on(query.device):
+        _step[(step.splits, kv_heads, batch)](
+            new, (keys, values), out, figures, step.partials, step.arrivals, positions, step.steps,
+            figures if scoring.sink_logits is None else scoring.sink_logits,
+            (step.sinks, step.window, scoring.scale * LOG2E),
+            (-(-tiles // step.splits) * step.slots, step.sinks + step.window, step.first_keys or 0), rotary,
+            HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, PADDED=_power_of_two(head_dim),
+            MEMBERS=_members(heads // kv_heads), SLOTS=step.slots, SPLITS=step.splits,
+            INTERLEAVED=scoring.rotary is not None and scoring.rotary.interleaved,
+            LOGITS=scoring.sink_logits is not None, STATISTICS=step.first_keys is not None, num_warps=4, num_stages=3,
+        )  # fmt: skip
     if step.first_keys is None:
         return out, None
     log_sum_exp, mass, entropy, maximum = figures
