@@ -3,6 +3,7 @@
 This file must not import `sinks`: the plugin that checks shapes (see pyproject.toml) has to see that import first.
 """
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -19,6 +20,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # A deadline measures how busy the machine is. In CI the examples are fixed; elsewhere every run tries new ones.
 settings.register_profile("sinks", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sinks")
+
+if importlib.util.find_spec("triton"):  # no dependency of builds for CPUs, where its kernels run interpreted
+    from tests.kernels.interpreted import interpret_on_cpu
+
+    interpret_on_cpu()  # before anything imports `sinks.kernels`
 
 WHOLE = Path(__file__).parent / "whole"
 

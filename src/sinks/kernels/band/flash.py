@@ -1,0 +1,85 @@
+"""The window through flash-attn-4 (an optional package; Hopper and newer), the sinks through a kernel of ours.
+
+Its plain window is the fastest there is, and knows no sinks. Merging by log-sum-exp costs one pass over the result.
+Backward needs no merge: given the result and the log-sum-exp of the *whole* softmax, its formulas give the window's
+share of the gradient, because a weight is exp(score - log-sum-exp) whichever columns are asked for.
+
+Queries whose window still covers a sink stand at their true distance from it under both angles, so it is left in the
+window there and left out of the sinks' columns: no key is counted twice, and none is masked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinks.errors import UnsupportedOption
+from sinks.kernels.device.forward import Band
+from sinks.kernels.device.rows import Rows
+from sinks.kernels.device.sink_part import Finished
+
+
+@cache
+def need_flash(device: torch.device) -> None:
+    """Raise UnsupportedOption unless flash-attn-4 runs on `device`."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        raise UnsupportedOption(
+            f"flash-attn-4 needs a Hopper GPU or a newer one, and this is {device}: choose impl='triton' or 'chunked'"
+        )
+    if not has_flash():
+        raise UnsupportedOption("flash-attn-4 is not installed: pip install flash-attn-4, or choose impl='triton'")
+
+
+@cache
+def has_flash() -> bool:
+    """Whether the package is there; an older flash-attn has no `cute`."""
+    return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn.cute"))
+
+
+def window_forward(
+    query: Float[Tensor, "tokens heads head_dim"],
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    value: Float[Tensor, "tokens kv_heads head_dim"],
+    rows: Rows,
+    band: Band,
+) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"]]:
+    """The plain window: result and log-sum-exp."""
+    calls = _interface()
+    heads, where = _cut((query, key, value), rows)
+    out, log_sums, *_ = calls._flash_attn_fwd(
+        *heads, softmax_scale=band.scale, window_size_left=band.window - 1, window_size_right=0, return_lse=True,
+        **where,
+    )  # fmt: skip
+    return out.view(query.shape), log_sums.view(query.shape[1], query.shape[0])
+
+
+def window_gradients(
+    done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value through the keys of the window, sinks inside it included."""
+    calls = _interface()
+    heads, where = _cut((done.query, done.key, done.value, done.out, given), rows)
+    log_sums = done.log_sums if rows.batch > 1 else done.log_sums.unsqueeze(0)
+    query, key, value = calls._flash_attn_bwd(
+        *heads, log_sums, softmax_scale=band.scale, causal=False,
+        window_size_left=band.window - 1, window_size_right=0, **where,
+    )  # fmt: skip
+    return query.view_as(done.query), key.view_as(done.key), value.view_as(done.value)
+
+
+def _interface() -> Any:
+    return importlib.import_module("flash_attn.cute.interface")
+
+
+def _cut(heads: tuple[Tensor, ...], rows: Rows) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """One row is a batch of one; several are told apart by where they begin."""
+    if rows.batch == 1:
+        return tuple(part.unsqueeze(0) for part in heads), {}
+    begins = {"cu_seqlens_q": rows.begins, "cu_seqlens_k": rows.begins}
+    return heads, begins | {"max_seqlen_q": rows.longest, "max_seqlen_k": rows.longest}

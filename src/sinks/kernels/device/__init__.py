@@ -1,0 +1,1 @@
+"""Kernels for GPUs, written in Triton, and their launches: what `kernels.band` is made of."""
