@@ -15,7 +15,7 @@ from sinks.models.attach import attach, detach
 from sinks.models.load import Loaded
 from sinks.stream.engine.engine import Engine
 from sinks.stream.session import Session
-from tests.stream.opened import CLOSE, IDS, SINKS, WARM, WINDOW, tiny_loaded
+from tests.stream.opened import IDS, SINKS, WARM, WINDOW, tiny_loaded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,8 +43,9 @@ def test_a_session_is_the_same_on_both(on_gpu: Loaded, kind: Kind, tmp_path: Pat
         session.save(tmp_path / loaded.model.device.type)
         told.append((surprise, text, session.evicted))
     (on_cpu, text, evicted), (surprise, same, also) = told
-    # Rounding to 8 bits may fall the other way for a number in the middle between two codes: a step of one code.
-    assert np.allclose(surprise[1:], on_cpu[1:], **(CLOSE if kind == "full" else {"rtol": 0, "atol": 1e-2}))
+    # transformers' norms round to float32, each device in its own way: 1e-5 here. With 8 bits, a number in the middle
+    # between two codes may then fall the other way: a step of one code.
+    assert np.allclose(surprise[1:], on_cpu[1:], rtol=0, atol=1e-4 if kind == "full" else 1e-2)
     assert also == evicted
     if kind == "full":
         assert same == text
