@@ -37,7 +37,7 @@ lint: $(VENV)/.lint $(VENV)/.test ## ruff, pyright, and the floors between the r
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.run ## run every benchmark; each writes benchmarks/results/NAME.json
+bench: $(VENV)/.run ## run every benchmark of a CPU; each writes benchmarks/results/NAME.json
 	@mkdir -p benchmarks/results
 	@set -e; for program in benchmarks/*.py; do \
 		[ -e "$$program" ] || continue; \

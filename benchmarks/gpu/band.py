@@ -1,6 +1,6 @@
 """Attention over sinks and window on a GPU: ours against FlexAttention and a plain window, in one run.
 
-    python benchmarks/band.py --json benchmarks/results/band-h200.json
+    python benchmarks/gpu/band.py --json benchmarks/results/band-h200.json
 
 Useful TFLOP/s count visible pairs only: 4 d H pairs forward, 3.5 times that forward and backward. Heads are turned
 already, but for `turning too`, which is the whole of `attend` from unturned heads. `flex one call` is FlexAttention
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA GPU")
     rows = [row for case in CASES for row in measure(*case, given.rounds)]
     rows += measure_statistics(131_072, 1_020, given.rounds)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton")}

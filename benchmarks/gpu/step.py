@@ -1,6 +1,6 @@
 """One token through one layer's ring on a GPU, in a CUDA graph: time, and the rate at which keys and values are read.
 
-    python benchmarks/step.py --json benchmarks/results/step-h200.json
+    python benchmarks/gpu/step.py --json benchmarks/results/step-h200.json
 
 A graph holds as many layers as fill several times the L2 cache, each with a ring of its own. `statistics` is the same
 with sink mass, entropy and maximum; `far` the same at position 10,000,000.
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=50)
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA GPU")
     rows = [measure(*case, window, given.rounds) for case in CASES for window in WINDOWS]
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
