@@ -306,3 +306,14 @@ def test_ctrl_c_between_an_answer_and_the_prompt_is_nothing_to_worry_about():
             with pytest.raises(KeyboardInterrupt):
                 stopper.prompting(read)("> ")
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stream_that_is_no_dialogue_is_not_taken_up(conversation: Conversation, tmp_path: Path):
+    said_by(conversation, "hello")
+    before = conversation.session
+    other = Session.open(before.loaded, window=WINDOW)
+    other.feed("no dialogue")
+    other.save(tmp_path / "stream")
+    with pytest.raises(InvalidInput, match="no dialogue: go on with it by sinks stream --load"):
+        answer(conversation, f"/load {tmp_path / 'stream'}")
+    assert conversation.session is before and before.in_dialogue

@@ -230,9 +230,9 @@ def test_ctrl_c_while_reading_waits_for_the_pass(
         (["--continue", "5", "--only-unusual"], "add --surprise"),
         (["--load", "kept", "--sinks", "4"], "leave out --sinks, --window and --cache"),
         (["--load", "nothing"], "nothing"),
-        (["--save", "no/such/folder/kept"], "there is no such folder"),
-        (["--threshold", "-1"], "give numbers above 0"),
-        (["--warm-up", "600"], "give at least 2, and no more than the past"),
+        (["--save", "no/such/folder/kept"], "in no folder that exists"),
+        (["--threshold", "-1"], "give a number above 0"),
+        (["--warm-up", "600"], "warm up for 2 lines at least"),
         (["--window", "200"], "choose a window of at most"),
     ],
 )

@@ -273,3 +273,15 @@ def test_the_count_does_not_overflow() -> None:
     session._history.seen += 2**70
     assert session.evicted == 80 + 2**70 - 12
     assert session.visible.spans[1].stop == 80 + 2**70
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [None, b"bytes", 7, "half \ud800 of a character", [True], [1.5], [[1]], ["a"]])
+def test_what_is_neither_text_nor_ids_is_refused(given: object) -> None:
+    session = opened()
+    session.feed(IDS[:5])
+    with pytest.raises(InvalidInput):
+        session.feed(given)  # type: ignore[arg-type]
+    assert session.seen == 5
+    with pytest.raises(InvalidInput, match='or "auto"'):
+        Session.open(tiny_loaded(), sinks="x")  # type: ignore[arg-type]

@@ -30,6 +30,9 @@ CHUNK = 1 << 23
 """Bytes written, and hashed, at a time."""
 
 _LONGEST_HEADER = 1 << 22
+_MARKED = 1 << 12
+"""Bytes at the beginning of a snapshot that hold its metadata, which come first."""
+
 _NO_DIGEST = b"0" * 64
 _DIGEST_KEY = b'"checksum":"'
 _OWN = {"cache", *(name for kind in KINDS for name in RINGS[kind].names)}
@@ -45,6 +48,23 @@ class Header:
     digest_at: int
 
 
+def check_target(path: str | Path) -> None:
+    """Raises SnapshotError unless a snapshot may be saved as `path`: a new file, or in the place of an older one."""
+    path = Path(path)
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder: name a file in it" if path.is_dir() else "is in no folder that exists: make it first"
+            raise SnapshotError(f"no session can be saved as '{path}', which {what}")
+        begin = b""
+        if path.exists():
+            with path.open("rb") as file:
+                begin = file.read(_MARKED)
+        if begin and FORMAT.encode() not in begin:
+            raise SnapshotError(f"'{path}' is no saved session, and stays as it is: choose another name, or delete it")
+    except OSError as error:
+        raise SnapshotError(f"'{path}' cannot be looked at ({error.strerror or error}): choose another name") from error
+
+
 def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras: Mapping[str, Tensor]) -> None:
     """Save `cache`, and tensors that belong beside it, as `path`.
 
@@ -52,9 +72,11 @@ def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras:
     what it held before or the whole new file: it is written beside `path`, made durable, and renamed. A process killed
     in between leaves a file `.NAME.*.saving` behind, which may be deleted.
 
-    Raises SnapshotError if the folder cannot be written to, BrokenCache if a forward pass failed half-way.
+    Raises SnapshotError if the folder cannot be written to, or what is there is no snapshot (see `check_target`),
+    BrokenCache if a forward pass failed half-way.
     """
     path = Path(path)
+    check_target(path)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -140,6 +162,19 @@ def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) ->
     except (KeyError, ValueError) as error:  # InvalidInput is a ValueError
         _refuse(path, f"what it holds is no stream of this model: {error}")
     return cache, held
+
+
+def look_at(path: str | Path) -> Header:
+    """The header of a snapshot, if that is what it is; reads nothing else.
+
+    Raises SnapshotError if there is no such file, DamagedSnapshot or OtherVersion if it cannot be taken up.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return read_header(path, file)
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read ({error.strerror or error}): give a saved session") from error
 
 
 def read_header(path: Path, file: BinaryIO) -> Header:

@@ -110,6 +110,7 @@ def run(flags: Flags) -> None:
 def open_session(flags: Flags, loaded: "Loaded", sinks: "Sinks | None", stopper: "Stopper") -> "Session":
     """A session as the flags ask for it, known to have a chat template that can be followed."""
     from sinks.cache.cache import DEFAULT_SINKS
+    from sinks.cli.terminal.conversation import check_dialogue
     from sinks.stream.session import Session
 
     pin = flags.system is not None if flags.pin is None else flags.pin
@@ -124,6 +125,7 @@ def open_session(flags: Flags, loaded: "Loaded", sinks: "Sinks | None", stopper:
     )
     if flags.load is not None:
         session.load(flags.load)
+        check_dialogue(session, flags.load)
     _ = session.dialogue  # raises here, before anything was typed
     return session
 

@@ -115,7 +115,8 @@ def run(flags: Flags) -> None:
 def opened(flags: Flags) -> "Session":
     """The session that the flags ask for. Raises InvalidInput for flags that do not go together."""
     from sinks.cache.cache import DEFAULT_SINKS
-    from sinks.errors import InvalidInput
+    from sinks.cache.snapshot import check_target
+    from sinks.errors import InvalidInput, SnapshotError
     from sinks.models.load import load
     from sinks.stream.session import Session
 
@@ -129,8 +130,11 @@ def opened(flags: Flags) -> "Session":
         raise InvalidInput("--only-unusual needs to know how surprising lines are: add --surprise")
     if flags.load is not None and (flags.sinks is not None or flags.window is not None or flags.cache != "full"):
         raise InvalidInput("a loaded stream has its sinks and window: leave out --sinks, --window and --cache")
-    if flags.save is not None and not flags.save.absolute().parent.is_dir():
-        raise InvalidInput(f"no stream can be kept as '{flags.save}': there is no such folder")
+    if flags.save is not None:
+        try:
+            check_target(flags.save)
+        except SnapshotError as error:
+            raise InvalidInput(f"--save: {error}") from error
     loaded = load(
         flags.model, dtype=flags.dtype, device=flags.device, quant=flags.quant, accept_terms=flags.accept_terms
     )

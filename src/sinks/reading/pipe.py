@@ -102,12 +102,14 @@ class Rule:
     rare: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0 or not self.floor > 0:
-            raise InvalidInput(f"threshold={self.threshold}, floor={self.floor}: give numbers above 0")
+        for name in ("threshold", "floor"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"{name}={getattr(self, name)}: give a number above 0")
         if not 0 <= self.rare <= 1:
             raise InvalidInput(f"rare={self.rare}: give a share from 0 to 1")
         if not 2 <= self.warm_up <= self.past:
-            raise InvalidInput(f"warm_up={self.warm_up}, past={self.past}: give at least 2, and no more than the past")
+            given = f"warm_up={self.warm_up}, past={self.past}"
+            raise InvalidInput(f"{given}: warm up for 2 lines at least, and for no more than the past")
 
 
 @dataclass(frozen=True)

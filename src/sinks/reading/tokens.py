@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sinks.errors import TextTooShort, UnsupportedOption
+from sinks.errors import InvalidInput, TextTooShort, UnsupportedOption
 
 LINE_BREAKS = ("\n", "Ċ", "<0x0A>")
 """How vocabularies write it: as itself, in byte-level BPE, as a byte of sentencepiece."""
@@ -28,6 +31,42 @@ def stream_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int]
     if isinstance(bos, int) and bos in tokenizer("").input_ids:
         return [bos, *ids], bos
     return ids, None
+
+
+def given_ids(
+    tokenizer: PreTrainedTokenizerBase, given: str | Sequence[int] | Tensor, begins: bool, vocabulary: int
+) -> list[int]:
+    """The ids of a text, by `stream_ids` where it `begins` a stream, or ids below `vocabulary` as they are.
+
+    Raises InvalidInput for anything else, and for a text that is no Unicode (half of a surrogate pair).
+    """
+    if isinstance(given, str):
+        check_text(given)
+        if begins:
+            return stream_ids(tokenizer, given)[0]
+        return tokenizer(given, add_special_tokens=False, verbose=False).input_ids
+    ids: Any = None
+    if isinstance(given, Tensor):
+        ids = given.tolist()
+    elif isinstance(given, Iterable) and not isinstance(given, bytes | bytearray):
+        ids = list(given)
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+        raise InvalidInput(
+            f"token ids are whole numbers from 0 to {vocabulary - 1}, in one row: give a list of them, a tensor of one "
+            "dimension, or a text"
+        )
+    return ids
+
+
+def check_text(text: str) -> None:
+    """Raises InvalidInput where a text cannot be written as UTF-8, which tokenizers need."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"character {error.start:,} of this text is half of a surrogate pair, as undecodable bytes leave one: "
+            'decode them with errors="replace"'
+        ) from error
 
 
 def cut(ids: list[int], tokens: int | None, at_most: int, needed: int) -> Int[Tensor, " tokens"]:

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sinks.errors import InvalidInput, UnsupportedOption
+from sinks.reading.tokens import check_text
 
 QUESTION = "What stands here in the place of a question?"
 ANSWER = "These words stand in the place of an answer."
@@ -227,6 +228,7 @@ def check_message(message: str, role: str) -> None:
     """Raises InvalidInput unless both are text, and the role is one that speaks to the model."""
     if not isinstance(message, str) or not isinstance(role, str):
         raise InvalidInput("a message and its role are texts: give them as str")
+    check_text(message)
     if role == "assistant":
         raise InvalidInput('role="assistant" is the model\'s own, which say() lets it write: give another role')
 

@@ -58,6 +58,8 @@ def pinned(loaded: Loaded, system: str | None, pin: str | None) -> int:
 def sizes_for(loaded: Loaded, sinks: Sinks, window: int | None, text: str | None) -> Sizes:
     """The sizes as given, with what is "auto" or None filled in."""
     if sinks != "auto":
+        if isinstance(sinks, str):
+            raise InvalidInput(f'sinks={sinks!r}: give a whole number, or "auto"')
         if text is not None:
             raise InvalidInput('advice_text is read only where sinks="auto"')
         return Sizes(sinks, DEFAULT_WINDOW if window is None else window)

@@ -21,6 +21,19 @@ COLDEST = 1e-4
 """Colder than this, logits divided by the temperature could overflow; 0 says greedy."""
 
 
+_ASKED = {
+    "temperature": f"give 0 or at least {COLDEST}",
+    "top_k": "give a whole number of 0 or more",
+    "top_p": "give a number above 0 and at most 1",
+    "min_p": "give a number from 0 to 1",
+    "repetition_penalty": "give a number above 0",
+    "presence_penalty": "give a finite number",
+    "history": "give a whole number of 0 or more",
+    "seed": "give a whole number from 0 to 2^63 - 1, or None",
+    "logit_bias": "give finite numbers or -inf by token id",
+}
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -59,12 +72,7 @@ class Sampling:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         wrong = [name for name, allowed in self._allowed().items() if not allowed]
         if wrong:
-            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
-            raise InvalidInput(
-                f"{given}: give a temperature of 0 or at least {COLDEST}, whole top_k >= 0, 0 < top_p <= 1, "
-                "0 <= min_p <= 1, repetition_penalty > 0, a finite presence_penalty, whole history >= 0, a seed of 0 "
-                "to 2^63 - 1 or None, and a logit_bias from token ids to finite numbers or -inf"
-            )
+            raise InvalidInput("; ".join(f"{name}={getattr(self, name)!r}: {_ASKED[name]}" for name in wrong))
 
     def _allowed(self) -> dict[str, bool]:
         bias = self.logit_bias.items()

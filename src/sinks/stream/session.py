@@ -23,7 +23,7 @@ from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.advice import Advice
 from sinks.reading.perplexity import finite, surprise
-from sinks.reading.tokens import stream_ids
+from sinks.reading.tokens import given_ids
 from sinks.stream.answer import Answer, Finish
 from sinks.stream.chat import Dialogue
 from sinks.stream.history import History, Listen
@@ -188,6 +188,11 @@ class Session:
     def finish(self) -> Finish | None:
         """Why the last answer is over: "end", "stop" or "length"; None where none is, or it was left early."""
         return None if self._answer is None else self._answer.finish
+
+    @property
+    def in_dialogue(self) -> bool:
+        """Whether the stream is a dialogue, which `say` began."""
+        return self._in_dialogue
 
     @property
     def answering(self) -> bool:
@@ -414,17 +419,7 @@ class Session:
         return fed
 
     def _ids(self, given: Given) -> list[int]:
-        if isinstance(given, str):
-            if self.seen:
-                return self.loaded.tokenizer(given, add_special_tokens=False, verbose=False).input_ids
-            return stream_ids(self.loaded.tokenizer, given)[0]
-        ids: list[int] = given.reshape(-1, *given.shape[1:]).tolist() if isinstance(given, Tensor) else list(given)
-        if not all(type(token) is int and 0 <= token < self._vocabulary_size for token in ids):
-            raise InvalidInput(
-                f"token ids are whole numbers from 0 to {self._vocabulary_size - 1}, in one row: give a list of them, "
-                "a tensor of one dimension, or a text"
-            )
-        return ids
+        return given_ids(self.loaded.tokenizer, given, not self.seen, self._vocabulary_size)
 
     @cached_property
     def _vocabulary_size(self) -> int:

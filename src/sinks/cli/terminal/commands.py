@@ -72,7 +72,7 @@ def _save(conversation: Conversation, file: str) -> None:
 
 
 def _load(conversation: Conversation, file: str) -> None:
-    conversation.session.load(file)
+    conversation.take_up(file)
     conversation.screen.note(f"going on from {file}")
     conversation.screen.status(conversation.session, None)
 
@@ -102,7 +102,7 @@ def _forget(conversation: Conversation, _: str) -> None:
 
 def _window(conversation: Conversation, size: str) -> None:
     if not size.isdecimal():
-        raise InvalidInput(f"/window {size}: a window is a whole number of tokens")
+        raise InvalidInput(f"/window {size}: a window is a whole number of tokens, 1 or more")
     conversation.resize(int(size))
     conversation.screen.note(f"the last {int(size):,} tokens are kept from here on; what was visible was read anew")
     conversation.screen.status(conversation.session, None)
@@ -117,7 +117,7 @@ def _help(conversation: Conversation, _: str) -> None:
     width = max(map(len, usages))
     for usage, text in usages.items():
         conversation.screen.line(f"{usage:{width}}  {text}")
-    conversation.screen.line('A message of several lines: a backslash at the end of each, or """ around it')
+    conversation.screen.line('One message of several lines: a backslash at the end of all but the last, or """ around')
 
 
 def _quit(conversation: Conversation, _: str) -> None:

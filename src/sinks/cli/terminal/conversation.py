@@ -60,6 +60,13 @@ class Conversation:
         """Go on with another window, having read what is visible now and nothing else."""
         self.session = self.session.resized(window, on_evict=self.stopper.heard)
 
+    def take_up(self, file: str) -> None:
+        """Go on from a saved moment. Raises InvalidInput for a stream that is no dialogue; nothing changes then."""
+        session = self.session.fork(on_evict=self.stopper.heard)
+        session.load(file)
+        check_dialogue(session, file)
+        self.session = session
+
     def keep(self, name: str) -> str:
         """Keep this moment; returns its name, which is a number where none is given."""
         name = name or str(next(number for number in range(1, len(self.kept) + 2) if str(number) not in self.kept))
@@ -91,3 +98,9 @@ class Conversation:
         if self.session.finish == "length":
             self.screen.note(f"cut after {written:,} tokens; /more goes on")
         self.screen.status(self.session, written / (time.perf_counter() - begun))
+
+
+def check_dialogue(session: "Session", file: object) -> None:
+    """Raises InvalidInput if what was loaded from a file cannot be talked to."""
+    if session.seen and not session.in_dialogue:
+        raise InvalidInput(f"{file} holds a stream that is no dialogue: go on with it by sinks stream --load {file}")

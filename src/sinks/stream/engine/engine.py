@@ -10,6 +10,7 @@ from typing import Any
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
+from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
@@ -111,7 +112,11 @@ class Engine:
             return Stream(self, self._number())
 
     def resume(self, path: str | Path) -> Stream:
-        """The stream that `Stream.park`, `Stream.save` or `Session.save` wrote; it is read at its first request."""
+        """The stream that `Stream.park`, `Stream.save` or `Session.save` wrote; it is read at its first request.
+
+        Raises SnapshotError at once for what is no snapshot; what only a whole reading shows fails that request.
+        """
+        look_at(path)
         stream = self.join()
         stream.source = Path(path)
         _ = self._ground.fingerprint  # here, where nobody else waits for it
@@ -368,7 +373,7 @@ class Engine:
             request.wait()
         elif not self.step() and not request.ready:
             raise EngineError(
-                f"nothing moves: {self.held} slots are taken by streams that stay, and {self.waiting} requests wait; "
+                f"nothing moves: slots taken by streams that stay: {self.held}; requests that wait: {self.waiting}; "
                 "park a stream, let one leave, or read the requests whose pieces pile up"
             )
 

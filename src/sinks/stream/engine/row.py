@@ -19,7 +19,7 @@ from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, InvalidInput
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
-from sinks.reading.tokens import stream_ids
+from sinks.reading.tokens import given_ids
 from sinks.stream.answer import Answer
 from sinks.stream.chat import Dialogue
 from sinks.stream.history import History
@@ -66,17 +66,7 @@ class Ground:
 
     def encode(self, given: Given, begins: bool) -> list[int]:
         """The ids of a text, with the tokenizer's own BOS where it `begins` a stream, or ids, checked."""
-        if isinstance(given, str):
-            if begins:
-                return stream_ids(self.loaded.tokenizer, given)[0]
-            return self.loaded.tokenizer(given, add_special_tokens=False, verbose=False).input_ids
-        ids: list[int] = given.tolist() if isinstance(given, Tensor) else list(given)
-        if not all(type(token) is int and 0 <= token < self.tokens for token in ids):
-            raise InvalidInput(
-                f"token ids are whole numbers from 0 to {self.tokens - 1}, in one row: give a list of them, a tensor "
-                "of one dimension, or a text"
-            )
-        return ids
+        return given_ids(self.loaded.tokenizer, given, begins, self.tokens)
 
     def check(self, cache: SinkCache, what: str) -> None:
         """Refuse a stream that does not fit the slots: they are all of one size."""
