@@ -33,7 +33,8 @@ def test_it_has_everything_needed_to_repeat_it(written: dict[str, Any]):
     assert ABOUT.items() <= written.items()
     assert written["settings"] == {
         "sinks": 4, "window": 252, "arms": ["dense", "window", "recompute", "sinks", "sweep", "newlines"], "seed": 0,
-        "samples": 16, "chunk": 256, "singles": 8, "beyond_trained_length": False, "tokens": 2048, "capacity": 256,
+        "samples": 16, "chunk": 256, "singles": 8, "beyond_trained_length": False, "cache": "full", "tokens": 2048,
+        "capacity": 256,
     }  # fmt: skip
     assert (written["first_target"], written["reading"]) == (4, "It holds.")
 
