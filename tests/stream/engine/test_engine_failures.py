@@ -102,7 +102,7 @@ def test_a_request_that_can_never_move_says_so():
     together = engine(slots=1)
     stream = together.join()
     stream.submit(IDS[:3], max_tokens=1).text()
-    with pytest.raises(EngineError, match="nothing moves: 1 slots"):
+    with pytest.raises(EngineError, match="nothing moves: .*that stay: 1; requests that wait: 1;"):
         together.submit(IDS[:3]).text()
 
 
