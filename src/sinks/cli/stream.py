@@ -106,8 +106,8 @@ def run(flags: Flags) -> None:
         except BrokenPipeError:  # nobody listens any more, and what was read is still worth keeping
             reader.keep()
             raise
+        typer.echo(reader.summary(), err=True)  # before anything can fail
         reader.keep()
-    typer.echo(reader.summary(), err=True)
     if patience.asked:
         raise typer.Exit(130)
 

@@ -13,7 +13,6 @@ from sinks.cache.plan import check_whole
 from sinks.errors import InvalidInput, RequestFailed, SinksError
 from sinks.stream.answer import Answer, Finish
 from sinks.stream.engine.row import Given, Row
-from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ class Ask:
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, least=0)
-        object.__setattr__(self, "stop", check_stops(self.stop))
 
 
 class Request:
