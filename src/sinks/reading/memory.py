@@ -149,7 +149,12 @@ def watch(meter: Meter) -> Iterator[Peak]:
 
 
 def release_freed_memory() -> None:
-    """Collect garbage and, where the C library can (glibc), return free lists to the system: they would hide growth."""
+    """Collect garbage and return free lists to the system: they would hide growth."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return what is free in the heap to the system, where the C library can (glibc); elsewhere nothing happens."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
