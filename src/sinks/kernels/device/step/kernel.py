@@ -92,6 +92,38 @@ def _attend(
 
 
 @jit
+def _arrive(
+    new: Value, turning: Value, norms: Value, where: Value, sizes: Value, strides: Value, rotary: Value,
+    GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, INTERLEAVED: constexpr,
+    TABLES: constexpr, NORMED: constexpr,
+) -> Value:  # fmt: skip
+    """The query by the position and by that in the cache [members, dims], the key and the value [1, dims]."""
+    row, kv_head, now = where
+    capacity, start = sizes
+    dims, member, one = tl.arange(0, PADDED), tl.arange(0, MEMBERS), tl.arange(0, 1)
+    mine, inside, partner = (member < GROUP)[:, None], (dims < DIM)[None, :], partners(dims, rotary, INTERLEAVED)
+    heads = row * strides[0] + (kv_head * GROUP + member) * strides[1]
+    own, other = _load(new[0], heads, dims, partner, mine & inside, (norms[0], norms[2]), DIM, NORMED)
+    key_row, value_row = row * strides[2] + kv_head * strides[3] + one, row * strides[4] + kv_head * strides[5] + one
+    key, key_other = _load(new[1], key_row, dims, partner, inside, (norms[1], norms[2]), DIM, NORMED)
+    value = tl.load(new[2] + value_row[:, None] + dims[None, :], mask=inside, other=0.0)
+    cos, sin = angles(turning, (row, now + start), dims, rotary, 0, INTERLEAVED, TABLES)
+    in_cache = tl.minimum(now, capacity - 1) + start
+    sink_cos, sink_sin = angles(turning, (row, in_cache), dims, rotary, 1, INTERLEAVED, TABLES)
+    return own * cos + other * sin, own * sink_cos + other * sink_sin, key * cos + key_other * sin, value
+
+
+@jit
+def _begin(query: Value, key: Value, value: Value, now: Value, first: Value, writes: Value) -> Value:
+    """The new token alone where this program `writes` it; nothing otherwise."""
+    score = tl.sum(query.to(tl.float32) * key, 1)
+    total = score * 0.0 + tl.where(writes, 1.0, 0.0)
+    gathered = query.to(tl.float32) * 0.0 + tl.where(writes, value, 0.0)
+    mass = tl.where(now < first, total, 0.0)
+    return gathered, total, tl.where(writes, score, float("-inf")), tl.where(writes, score, 0.0), mass
+
+
+@jit
 def step_kernel(
     new: Value, ring: Value, out: Value, figures: Value, partials: Value, arrivals: Value, positions: Value,
     seats: Value, turning: Value, logits: Value, norms: Value, shape: Value, sizes: Value, strides: Value,
@@ -111,54 +143,35 @@ def step_kernel(
     sinks, window, scale = shape
     span, first, start = sizes
     seat = tl.maximum(tl.load(seats + row), 0).to(tl.int64) if SEATED else row.to(tl.int64)
-    pair, low = seat * (HEADS // GROUP) + kv_head, part * span
-    dims, member = tl.arange(0, PADDED), tl.arange(0, MEMBERS)
-    held = (sinks, window)
+    pair, low, held = seat * (HEADS // GROUP) + kv_head, part * span, (sinks, window)
+    dims = tl.arange(0, PADDED)
     if AHEAD:
         column = low + tl.arange(0, SLOTS)
-        there = column < sinks + window
-        keys, key_scales = read(ring, pair, column, there, dims, held, DIM, CODED, 0)
-        values, value_scales = read(ring, pair, column, there, dims, held, DIM, CODED, 1)
+        tile = read(ring, pair, column, column < sinks + window, dims, held, DIM, CODED)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     now = tl.load(positions + row).to(tl.int64)
-    mine, inside = (member < GROUP)[:, None], (dims < DIM)[None, :]
-    writes = (part == 0) & (now >= 0)
-    partner = partners(dims, rotary, INTERLEAVED)
-    heads, one = row * strides[0] + (kv_head * GROUP + member) * strides[1], tl.arange(0, 1)
-    own, other = _load(new[0], heads, dims, partner, mine & inside, (norms[0], norms[2]), DIM, NORMED)
-    key_row, value_row = row * strides[2] + kv_head * strides[3] + one, row * strides[4] + kv_head * strides[5] + one
-    key, key_other = _load(new[1], key_row, dims, partner, inside, (norms[1], norms[2]), DIM, NORMED)
-    value = tl.load(new[2] + value_row[:, None] + dims[None, :], mask=inside, other=0.0)
-    cos, sin = angles(turning, (row, now + start), dims, rotary, 0, INTERLEAVED, TABLES)
-    in_cache = tl.minimum(now, sinks + window - 1) + start
-    sink_cos, sink_sin = angles(turning, (row, in_cache), dims, rotary, 1, INTERLEAVED, TABLES)
-    kind = ring[0].dtype.element_ty
-    queries = ((own * cos + other * sin).to(kind), (own * sink_cos + other * sink_sin).to(kind))
-    slot = tl.where(now < sinks, now, sinks + (now - sinks) % window)
+    slot, writes = tl.where(now < sinks, now, sinks + (now - sinks) % window), (part == 0) & (now >= 0)
     count = tl.minimum(now + 1, sinks + window).to(tl.int32)
-    key = put(ring, pair, slot, key * cos + key_other * sin, dims, held, writes, DIM, CODED, 0)
-    value = put(ring, pair, slot, value, dims, held, writes, DIM, CODED, 1)
-    score = tl.where(writes, tl.sum(queries[0].to(tl.float32) * key, 1), float("-inf"))
-    zeros = tl.zeros([MEMBERS], tl.float32)
-    total = zeros + tl.where(writes, 1.0, 0.0)
-    state = (
-        tl.zeros([MEMBERS, PADDED], tl.float32) + tl.where(writes, value, 0.0), total, score,
-        tl.where(writes, score, 0.0), tl.where(now < first, total, zeros),
+    query, sink_query, key, value = _arrive(
+        new, turning, norms, (row, kv_head, now), (sinks + window, start), strides, rotary, GROUP, DIM, PADDED,
+        MEMBERS, INTERLEAVED, TABLES, NORMED,
     )  # fmt: skip
+    kind = ring[0].dtype.element_ty
+    queries = (query.to(kind), sink_query.to(kind))
+    key = put(ring, pair, slot, key, dims, held, writes, DIM, CODED, 0)
+    value = put(ring, pair, slot, value, dims, held, writes, DIM, CODED, 1)
+    state = _begin(queries[0], key, value, now, first, writes)
     if AHEAD:
         seen = (column < count) & (column != slot)
         # What nobody sees weighs nothing, but may be no number at all.
-        values, value_scales = tl.where(seen[:, None], values, 0.0), tl.where(seen, value_scales, 0)
-        tile = (keys, key_scales, values, value_scales)
+        tile = (tile[0], tile[1], tl.where(seen[:, None], tile[2], 0.0), tl.where(seen, tile[3], 0))
         state = _attend(state, queries, tile, column, seen, shape, first, STATISTICS, CODED, MATRIX)
     else:
         for begin in tl.range(low, tl.minimum(low + span, count), SLOTS):
             column = begin + tl.arange(0, SLOTS)
             seen = (column < count) & (column != slot)
-            keys, key_scales = read(ring, pair, column, seen, dims, held, DIM, CODED, 0)
-            values, value_scales = read(ring, pair, column, seen, dims, held, DIM, CODED, 1)
-            tile = (keys, key_scales, values, value_scales)
+            tile = read(ring, pair, column, seen, dims, held, DIM, CODED)
             state = _attend(state, queries, tile, column, seen, shape, first, STATISTICS, CODED, MATRIX)
     where = (row, kv_head, now)
     if SPLITS == 1:

@@ -13,28 +13,36 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 
 @jit
-def read(
+def _read(
     ring: Value, pair: Value, column: Value, seen: Value, dims: Value, shape: Value, DIM: constexpr, CODED: constexpr,
     WHICH: constexpr,
 ) -> Value:  # fmt: skip
-    """The slots at `column` of one seat and head: keys (WHICH 0) or values (1) [slots, dims], and their scales."""
     sinks, window = shape
     inside = (dims < DIM)[None, :]
     if CODED:
         recent = column - sinks
         coded, place = seen & (recent >= 0), pair * window + recent
-        heads = tl.load(
-            ring[3 * WHICH + 1] + place[:, None] * DIM + dims[None, :], mask=coded[:, None] & inside, other=0
-        ).to(ring[0].dtype.element_ty)
+        codes = ring[3 * WHICH + 1] + place[:, None] * DIM + dims[None, :]
+        heads = tl.load(codes, mask=coded[:, None] & inside, other=0).to(ring[0].dtype.element_ty)
         scales = tl.load(ring[3 * WHICH + 2] + place, mask=coded, other=1.0)
         if tl.min(column, 0) < sinks:
             early = seen & (recent < 0)
             front = ring[3 * WHICH] + (pair * sinks + column)[:, None] * DIM + dims[None, :]
             heads = tl.where(early[:, None], tl.load(front, mask=early[:, None] & inside, other=0.0), heads)
     else:
-        all_places = ring[WHICH] + (pair * (sinks + window) + column)[:, None] * DIM + dims[None, :]
-        heads, scales = tl.load(all_places, mask=seen[:, None] & inside, other=0.0), column
+        slots = ring[WHICH] + (pair * (sinks + window) + column)[:, None] * DIM + dims[None, :]
+        heads, scales = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column
     return heads, scales
+
+
+@jit
+def read(
+    ring: Value, pair: Value, column: Value, seen: Value, dims: Value, shape: Value, DIM: constexpr, CODED: constexpr
+) -> Value:
+    """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs."""
+    keys, key_scales = _read(ring, pair, column, seen, dims, shape, DIM, CODED, 0)
+    values, value_scales = _read(ring, pair, column, seen, dims, shape, DIM, CODED, 1)
+    return keys, key_scales, values, value_scales
 
 
 @jit
