@@ -27,34 +27,48 @@ def sine_cosine(phase: Value) -> Value:
 
 
 @jit
-def pairs_of(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
-    """The pair of each dimension, whether it is the second of it, and whether it is turned at all."""
-    first, pairs = rotary
-    offset = dims - first
+def pairs_of(dims: Value, FIRST: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr) -> Value:
+    """Of each dimension: its pair, whether it is the second of it, whether it is turned at all, and its partner."""
+    offset = dims - FIRST
+    inside = (offset >= 0) & (offset < 2 * PAIRS)
     if INTERLEAVED:
-        pair, second = offset // 2, offset % 2 == 1
+        pair, second, partner = offset // 2, offset % 2 == 1, FIRST + (offset ^ 1)
     else:
-        pair, second = offset % tl.maximum(pairs, 1), offset >= pairs
-    return pair, second, (offset >= 0) & (offset < 2 * pairs)
+        second = offset >= PAIRS
+        pair = tl.where(second, offset - PAIRS, offset)
+        partner = tl.where(second, dims - PAIRS, dims + PAIRS)
+    return pair, second, inside, tl.where(inside, partner, dims)
 
 
 @jit
-def angles(
-    turning: Value, where: Value, dims: Value, rotary: Value, WHICH: constexpr, INTERLEAVED: constexpr,
-    TABLES: constexpr,
-) -> Value:  # fmt: skip
-    """Cosine, and sine with the sign of its dimension, [1, dims]: own times the one, partner times the other.
-
-    `turning` holds steps, for the position where[1]; or the tables of all rows (TABLES), of which this is row where[0].
-    WHICH: 0 by the position, 1 by that in the cache.
-    """
-    pair, second, inside = pairs_of(dims, rotary, INTERLEAVED)
+def fetch(turning: Value, row: Value, turn: Value, PAIRS: constexpr, TABLES: constexpr) -> Value:
+    """What `angles` are made of, read before the position is known: a row's own of the tables, or the steps."""
+    pair, _, inside, _ = turn
     if TABLES:
-        place = turning + (where[0] * 4 + 2 * WHICH) * rotary[1] + pair
-        cos, sin = tl.load(place, mask=inside, other=1.0), tl.load(place + rotary[1], mask=inside, other=0.0)
+        place = turning + row * (4 * PAIRS) + pair
+        cos, sin = tl.load(place, mask=inside, other=1.0), tl.load(place + PAIRS, mask=inside, other=0.0)
+        place += 2 * PAIRS
+        sink_cos, sink_sin = tl.load(place, mask=inside, other=1.0), tl.load(place + PAIRS, mask=inside, other=0.0)
+        fetched = (cos, sin, sink_cos, sink_sin)
     else:
-        cos, sin = sine_cosine(tl.load(turning + pair, mask=inside, other=0) * where[1])
-    return cos[None, :], tl.where(second, sin, -sin)[None, :]
+        fetched = (tl.load(turning + pair, mask=inside, other=0),)
+    return fetched
+
+
+@jit
+def angles(fetched: Value, turn: Value, position: Value, in_cache: Value, TABLES: constexpr) -> Value:
+    """Cosine, and sine with the sign of its dimension, by the position, then by that in the cache: [1, dims] each.
+
+    Own times the one and partner times the other make the turned head.
+    """
+    if TABLES:
+        cos, sin, sink_cos, sink_sin = fetched
+    else:
+        cos, sin = sine_cosine(fetched[0] * position)
+        sink_cos, sink_sin = sine_cosine(fetched[0] * in_cache)
+    second = turn[1]
+    sin, sink_sin = tl.where(second, sin, -sin), tl.where(second, sink_sin, -sink_sin)
+    return cos[None, :], sin[None, :], sink_cos[None, :], sink_sin[None, :]
 
 
 @jit

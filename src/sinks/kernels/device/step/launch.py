@@ -161,16 +161,12 @@ def attend_step(
     new = tuple(part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     figures = step.partials.new_empty((4, batch, heads) if step.first_keys is not None else (1,))
-    tiles = -(-(step.sinks + step.window) // cut.slots)
     with on(query.device):
         step_kernel[(cut.splits, kv_heads, batch)](
             new, (keys, values) if isinstance(keys, Tensor) else (*keys, *values), out, figures, step.partials,
             step.arrivals, positions, positions if seats is None else seats, step.steps if tables is None else tables,
             figures if scoring.sink_logits is None else scoring.sink_logits, *_normed(step),
-            (step.sinks, step.window, scoring.scale * LOG2E),
-            (-(-tiles // cut.splits) * cut.slots, step.first_keys or 0, step.start),
-            tuple(stride for part in new for stride in part.stride()[:2]),
-            (0, 0) if scoring.rotary is None else (scoring.rotary.first, scoring.rotary.width // 2),
+            scoring.scale * LOG2E, step.start, tuple(stride for part in new for stride in part.stride()[:2]),
             HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, **_constants(step, heads // kv_heads, head_dim),
             SEATED=seats is not None, TABLES=tables is not None, CODED=not isinstance(keys, Tensor),
         )  # fmt: skip
@@ -194,7 +190,9 @@ def _constants(step: Step, group: int, head_dim: int) -> dict[str, Any]:
     norms, rotary = step.norms, step.scoring.rotary
     return {
         "PADDED": padded, "MEMBERS": max(16, kept) if cut.matrix else kept, "KEPT": kept, "SLOTS": cut.slots,
-        "SPLITS": cut.splits, "CHUNK": max(1, min(_power_of_two(cut.splits), room // (kept * padded))),
+        "SINKS": step.sinks, "WINDOW": step.window, "FIRST": step.first_keys or 0,
+        "SPAN": -(-tiles // cut.splits) * cut.slots, "TURNED": 0 if rotary is None else rotary.first,
+        "PAIRS": 0 if rotary is None else rotary.width // 2, "SPLITS": cut.splits, "CHUNK": max(1, min(_power_of_two(cut.splits), room // (kept * padded))),
         "INTERLEAVED": rotary is not None and rotary.interleaved, "NORMED": 0 if norms is None else 1 + norms.unit_offset,
         "LOGITS": step.scoring.sink_logits is not None, "STATISTICS": step.first_keys is not None,
         "MATRIX": cut.matrix, "AHEAD": tiles == cut.splits, "OVERLAP": cut.overlap,

@@ -15,20 +15,20 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 @jit
 def leave(
     state: Value, partials: Value, number: Value, notes: Value, GROUP: constexpr, PADDED: constexpr,
-    MEMBERS: constexpr, KEPT: constexpr,
+    MEMBERS: constexpr, KEPT: constexpr, STATISTICS: constexpr,
 ) -> None:  # fmt: skip
     """Write part `number`: KEPT rows of values, and behind all values, at `notes`, its four figures."""
     member, dims = tl.arange(0, MEMBERS), tl.arange(0, PADDED)
     base = partials + (number * KEPT + member).to(tl.int64) * PADDED
     tl.store(base[:, None] + dims[None, :], state[0], mask=(member < GROUP)[:, None])
-    for figure in tl.static_range(4):
+    for figure in tl.static_range(4 if STATISTICS else 2):
         tl.store(partials + notes + (number * 4 + figure) * KEPT + member, state[1 + figure], mask=member < GROUP)
 
 
 @jit
 def fold(
     partials: Value, first: Value, notes: Value, scale: Value, GROUP: constexpr, PADDED: constexpr, KEPT: constexpr,
-    SPLITS: constexpr, CHUNK: constexpr,
+    SPLITS: constexpr, CHUNK: constexpr, STATISTICS: constexpr,
 ) -> Value:  # fmt: skip
     """SPLITS parts from `first` on as one, CHUNK of them loaded at once."""
     member, dims = tl.arange(0, KEPT), tl.arange(0, PADDED)
@@ -43,15 +43,16 @@ def fold(
         noted = partials + notes + (first + number)[:, None] * (4 * KEPT) + member[None, :]
         totals = tl.load(noted, mask=real, other=0.0, cache_modifier=".cg")
         tops = tl.load(noted + KEPT, mask=real, other=float("-inf"), cache_modifier=".cg")
-        weigheds = tl.load(noted + 2 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
-        masses = tl.load(noted + 3 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
         top = tl.maximum(largest, tl.max(tops, 0))
         level = tl.where(top == float("-inf"), 0.0, top) * scale
         kept, added = tl.exp2(largest * scale - level), tl.exp2(tops * scale - level[None, :])
         gathered = gathered * kept[:, None] + tl.sum(values * added[:, :, None], 0)
         total = total * kept + tl.sum(totals * added, 0)
-        weighed = weighed * kept + tl.sum(weigheds * added, 0)
-        mass = mass * kept + tl.sum(masses * added, 0)
+        if STATISTICS:
+            weigheds = tl.load(noted + 2 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
+            masses = tl.load(noted + 3 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
+            weighed = weighed * kept + tl.sum(weigheds * added, 0)
+            mass = mass * kept + tl.sum(masses * added, 0)
         largest = top
     return gathered, total, largest, weighed, mass
 
