@@ -40,8 +40,9 @@ def read(
     DIM: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
     """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs."""
-    keys, key_scales = _read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED, 0)
+    # Values first: Triton changes the layout of keys as soon as it has asked for them, and waits.
     values, value_scales = _read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED, 1)
+    keys, key_scales = _read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED, 0)
     return keys, key_scales, values, value_scales
 
 
