@@ -189,7 +189,7 @@ def _constants(step: Step, group: int, head_dim: int) -> dict[str, Any]:
     room = cut.warps * 32 * 64  # registers for the parts: 64 of a thread
     norms, rotary = step.norms, step.scoring.rotary
     return {
-        "PADDED": padded, "MEMBERS": max(16, kept) if cut.matrix else kept, "KEPT": kept, "SLOTS": cut.slots,
+        "PADDED": padded, "MEMBERS": max(16, kept) if cut.matrix == 2 else kept, "KEPT": kept, "SLOTS": cut.slots,
         "SINKS": step.sinks, "WINDOW": step.window, "FIRST": step.first_keys or 0,
         "SPAN": -(-tiles // cut.splits) * cut.slots, "TURNED": 0 if rotary is None else rotary.first,
         "PAIRS": 0 if rotary is None else rotary.width // 2, "SPLITS": cut.splits, "CHUNK": max(1, min(_power_of_two(cut.splits), room // (kept * padded))),
