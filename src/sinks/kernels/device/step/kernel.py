@@ -11,7 +11,7 @@ registers and writes it, so nobody waits for that, and the last to arrive puts t
 from __future__ import annotations
 
 from sinks.kernels.device.language import Value, constexpr, jit, tl
-from sinks.kernels.device.step.angles import angles, fetch, pairs_of
+from sinks.kernels.device.step.angles import angle, fetch, pairs_of
 from sinks.kernels.device.step.parts import fold, leave, write
 from sinks.kernels.device.step.ring import put, read
 
@@ -38,19 +38,17 @@ def _norm(
 
 
 @jit
-def _product(query: Value, keys: Value, MATRIX: constexpr) -> Value:
-    if MATRIX:
-        return tl.dot(query, tl.trans(keys), input_precision="ieee")
-    return tl.sum(query.to(tl.float32)[:, None, :] * keys.to(tl.float32)[None, :, :], 2)
-
-
-@jit
-def _take(
-    state: Value, scores: Value, values: Value, scales: Value, first: Value, scale: Value, STATISTICS: constexpr,
-    CODED: constexpr, MATRIX: constexpr,
+def _attend(
+    state: Value, query: Value, tile: Value, seen: Value, first: Value, scale: Value, STATISTICS: constexpr,
+    CODED: constexpr,
 ) -> Value:  # fmt: skip
-    """Fold scores [members, slots] in; `first` marks the slots whose mass is counted."""
+    """Fold a tile of slots in, those that are `seen`; `first` marks the ones whose mass is counted."""
     gathered, total, largest, weighed, mass = state
+    keys, key_scales, values, value_scales = tile
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if CODED:
+        scores = scores * key_scales[None, :]
+    scores = tl.where(seen[None, :], scores, float("-inf"))
     now = tl.maximum(largest, tl.max(scores, 1))
     level = tl.where(now == float("-inf"), 0.0, now) * scale
     shrink = tl.exp2(largest * scale - level)
@@ -60,29 +58,27 @@ def _take(
         mass = mass * shrink + tl.sum(tl.where(first[None, :], weights, 0.0), 1)
     total = total * shrink + tl.sum(weights, 1)
     if CODED:
-        weights = weights * scales[None, :]
-    if MATRIX:
-        gathered = tl.dot(weights.to(values.dtype), values, gathered * shrink[:, None], input_precision="ieee")
-    else:
-        added = tl.sum(weights[:, :, None] * values.to(tl.float32)[None, :, :], 1)
-        gathered = gathered * shrink[:, None] + added
+        weights = weights * value_scales[None, :]
+    gathered = tl.dot(weights.to(values.dtype), values, gathered * shrink[:, None], input_precision="ieee")
     return gathered, total, now, weighed, mass
 
 
 @jit
-def _attend(
-    state: Value, queries: Value, tile: Value, column: Value, seen: Value, scale: Value, SINKS: constexpr,
-    FIRST: constexpr, STATISTICS: constexpr, CODED: constexpr, MATRIX: constexpr,
+def _walk(
+    state: Value, query: Value, ring: Value, pair: Value, bounds: Value, slot: Value, dims: Value, scale: Value,
+    SINKS: constexpr, WINDOW: constexpr, FIRST: constexpr, DIM: constexpr, SLOTS: constexpr, EARLY: constexpr,
+    STATISTICS: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
-    """Fold a tile of slots in: sinks meet the query of the position in the cache, the others that of the position."""
-    keys, key_scales, values, value_scales = tile
-    scores = _product(queries[0], keys, MATRIX)
-    if tl.min(column, 0) < SINKS:
-        scores = tl.where((column < SINKS)[None, :], _product(queries[1], keys, MATRIX), scores)
-    if CODED:
-        scores = scores * key_scales[None, :]
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    return _take(state, scores, values, value_scales, column < FIRST, scale, STATISTICS, CODED, MATRIX)
+    """Fold in the slots from bounds[0] up to bounds[1], but for the new token's: sinks (EARLY) or the window's."""
+    for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1 if EARLY else None):
+        column = begin + tl.arange(0, SLOTS)
+        seen = (column < bounds[1]) & (column != slot)
+        if EARLY:
+            tile = read(ring, pair, column, seen, seen & False, dims, SINKS, WINDOW, DIM, CODED)
+        else:
+            tile = read(ring, pair, column, None, seen, dims, SINKS, WINDOW, DIM, CODED)
+        state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
+    return state
 
 
 @jit
@@ -118,66 +114,79 @@ def _begin(query: Value, key: Value, value: Value, now: Value, writes: Value, FI
 def step_kernel(
     new: Value, ring: Value, out: Value, figures: Value, partials: Value, arrivals: Value, positions: Value,
     seats: Value, turning: Value, logits: Value, norms: Value, scale: Value, start: Value, strides: Value,
-    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, KEPT: constexpr,
-    SINKS: constexpr, WINDOW: constexpr, FIRST: constexpr, SPAN: constexpr, SLOTS: constexpr, SPLITS: constexpr,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, SINKS: constexpr,
+    WINDOW: constexpr, FIRST: constexpr, APART: constexpr, SPAN: constexpr, SLOTS: constexpr, SPLITS: constexpr,
     CHUNK: constexpr, TURNED: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr, SEATED: constexpr,
     TABLES: constexpr, NORMED: constexpr, LOGITS: constexpr, STATISTICS: constexpr, CODED: constexpr,
-    MATRIX: constexpr, AHEAD: constexpr, OVERLAP: constexpr,
+    AHEAD: constexpr, OVERLAP: constexpr,
 ) -> None:  # fmt: skip
     """`new`: query, key, value; `strides`: of rows and heads of the three. `turning`: steps, or tables.
 
-    `norms`: weights for query and key, epsilon. SPAN slots a split; mass is counted on FIRST keys; PAIRS dimensions
-    are turned from TURNED on. AHEAD: a split is one tile, whose slots are read before the position is known. OVERLAP:
-    launched while the kernel before may still run.
+    `norms`: weights for query and key, epsilon. SPLITS programs share the slots: the first has the sinks if they are
+    APART, each other one SPAN slots of the window. Mass is counted on FIRST keys; 2 PAIRS dimensions are turned from
+    TURNED on. AHEAD: a program has one tile, which is read before the position is known. OVERLAP: launched while the
+    kernel before may still run.
     """
     part, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     seat = tl.maximum(tl.load(seats + row), 0).to(tl.int64) if SEATED else row.to(tl.int64)
-    pair, low, dims = seat * (HEADS // GROUP) + kv_head, part * SPAN, tl.arange(0, PADDED)
-    column = low + tl.arange(0, SLOTS)
-    if AHEAD and OVERLAP:
-        tile = read(ring, pair, column, column < SINKS + WINDOW, dims, SINKS, WINDOW, DIM, CODED)
+    pair, dims = seat * (HEADS // GROUP) + kv_head, tl.arange(0, PADDED)
+    on_sinks = (part < 1) if APART else (part < 0)
+    low = tl.where(on_sinks, 0, SINKS + (part - APART) * SPAN)
+    if AHEAD:
+        column = low + tl.arange(0, SLOTS)
+        late = (column < SINKS + WINDOW) & (on_sinks == 0)
+        early = (column < SINKS) & on_sinks if APART else None
+        tile = read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    # All that waits for memory is asked for first; the slots last, for they are many.
+        tl.extra.cuda.gdc_launch_dependents()
     now = tl.load(positions + row).to(tl.int64)
     turn = pairs_of(dims, TURNED, PAIRS, INTERLEAVED)
     own, other, key, key_other, value = _fetch_new(new, row, kv_head, strides, turn[3], GROUP, DIM, PADDED, MEMBERS)
-    fetched = fetch(turning, row, turn, PAIRS, TABLES)
-    if AHEAD and not OVERLAP:
-        tile = read(ring, pair, column, column < SINKS + WINDOW, dims, SINKS, WINDOW, DIM, CODED)
+    fetched = fetch(turning, row, on_sinks.to(tl.int32), turn, PAIRS, TABLES)
     own, other = _norm((own, other), norms[0], norms[2], turn[3], dims, DIM, NORMED)
     key, key_other = _norm((key, key_other), norms[1], norms[2], turn[3], dims, DIM, NORMED)
     in_cache = tl.minimum(now, SINKS + WINDOW - 1) + start
-    cos, sin, sink_cos, sink_sin = angles(fetched, turn, now + start, in_cache, TABLES)
-    kind = ring[0].dtype.element_ty
-    queries = ((own * cos + other * sin).to(kind), (own * sink_cos + other * sink_sin).to(kind))
-    slot, writes = tl.where(now < SINKS, now, SINKS + (now - SINKS) % WINDOW), (part == 0) & (now >= 0)
+    cos, sin = angle(fetched, turn, tl.where(on_sinks, in_cache, now + start), TABLES)
+    query = (own * cos + other * sin).to(ring[0].dtype.element_ty)
+    slot = tl.where(now < SINKS, now, SINKS + (now - SINKS) % WINDOW)
+    writes = (part == APART) & (now >= 0)
     key = put(ring, pair, slot, key * cos + key_other * sin, dims, writes, SINKS, WINDOW, DIM, CODED, 0)
     value = put(ring, pair, slot, value, dims, writes, SINKS, WINDOW, DIM, CODED, 1)
-    state = _begin(queries[0], key, value, now, writes, FIRST)
+    state = _begin(query, key, value, now, writes, FIRST)
     count, slot = tl.minimum(now + 1, SINKS + WINDOW).to(tl.int32), slot.to(tl.int32)
     if AHEAD:
-        seen = (column < count) & (column != slot)
+        seen = (late | early if APART else late) & (column < count) & (column != slot)
         # What nobody sees weighs nothing, but may be no number at all.
-        tile = (tile[0], tile[1], tl.where(seen[:, None], tile[2], 0.0), tl.where(seen, tile[3], 0))
-        state = _attend(state, queries, tile, column, seen, scale, SINKS, FIRST, STATISTICS, CODED, MATRIX)
+        keys, values = (tl.where(seen[:, None], tile[0], 0.0), tl.where(seen[:, None], tile[2], 0.0))
+        tile = (keys, tile[1], values, tl.where(seen, tile[3], 0))
+        state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     else:
-        for begin in tl.range(low, tl.minimum(low + SPAN, count), SLOTS):
-            column = begin + tl.arange(0, SLOTS)
-            seen = (column < count) & (column != slot)
-            tile = read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED)
-            state = _attend(state, queries, tile, column, seen, scale, SINKS, FIRST, STATISTICS, CODED, MATRIX)
+        if SINKS > 0:
+            sink_query = query
+            if APART == 0:
+                fetched = fetch(turning, row, 1, turn, PAIRS, TABLES)
+                cos, sin = angle(fetched, turn, in_cache, TABLES)
+                sink_query = (own * cos + other * sin).to(ring[0].dtype.element_ty)
+            bounds = (0, tl.minimum(count, tl.where(on_sinks | (APART == 0), SINKS, 0)))
+            state = _walk(
+                state, sink_query, ring, pair, bounds, slot, dims, scale, SINKS, WINDOW, FIRST, DIM,
+                SLOTS if SINKS > 16 else 16, True, STATISTICS, CODED,
+            )  # fmt: skip
+        bounds = (low, tl.minimum(count, tl.where(on_sinks, 0, tl.minimum(low + SPAN, SINKS + WINDOW))))
+        state = _walk(
+            state, query, ring, pair, bounds, slot, dims, scale, SINKS, WINDOW, FIRST, DIM, SLOTS, False, STATISTICS,
+            CODED,
+        )  # fmt: skip
     where = (row, kv_head, now)
     if SPLITS == 1:
         write(state, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS, STATISTICS)
     else:
         place = row * (HEADS // GROUP) + kv_head
-        notes = tl.num_programs(2) * (HEADS // GROUP * SPLITS * KEPT * PADDED)
-        leave(state, partials, place * SPLITS + part, notes, GROUP, PADDED, MEMBERS, KEPT, STATISTICS)
+        notes = tl.num_programs(2) * (HEADS // GROUP * SPLITS * MEMBERS * PADDED)
+        leave(state, partials, place * SPLITS + part, notes, GROUP, PADDED, MEMBERS, STATISTICS)
         tl.debug_barrier()
         if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
-            whole = fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, KEPT, SPLITS, CHUNK, STATISTICS)
-            write(whole, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, KEPT, LOGITS, STATISTICS)
+            whole = fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, MEMBERS, SPLITS, CHUNK, STATISTICS)
+            write(whole, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS, STATISTICS)
             tl.store(arrivals + place, 0)

@@ -14,21 +14,20 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 @jit
 def _read(
-    ring: Value, pair: Value, column: Value, seen: Value, dims: Value, SINKS: constexpr, WINDOW: constexpr,
-    DIM: constexpr, CODED: constexpr, WHICH: constexpr,
+    ring: Value, pair: Value, column: Value, early: Value, late: Value, dims: Value, SINKS: constexpr,
+    WINDOW: constexpr, DIM: constexpr, CODED: constexpr, WHICH: constexpr,
 ) -> Value:  # fmt: skip
     inside = (dims < DIM)[None, :]
     if CODED:
-        recent = column - SINKS
-        coded, place = seen & (recent >= 0), pair * WINDOW + recent
+        place = pair * WINDOW + column - SINKS
         codes = ring[3 * WHICH + 1] + place[:, None] * DIM + dims[None, :]
-        heads = tl.load(codes, mask=coded[:, None] & inside, other=0).to(ring[0].dtype.element_ty)
-        scales = tl.load(ring[3 * WHICH + 2] + place, mask=coded, other=1.0)
-        if tl.min(column, 0) < SINKS:
-            early = seen & (recent < 0)
+        heads = tl.load(codes, mask=late[:, None] & inside, other=0).to(ring[0].dtype.element_ty)
+        scales = tl.load(ring[3 * WHICH + 2] + place, mask=late, other=1.0)
+        if early is not None:
             front = ring[3 * WHICH] + (pair * SINKS + column)[:, None] * DIM + dims[None, :]
             heads = tl.where(early[:, None], tl.load(front, mask=early[:, None] & inside, other=0.0), heads)
     else:
+        seen = late if early is None else late | early
         slots = ring[WHICH] + (pair * (SINKS + WINDOW) + column)[:, None] * DIM + dims[None, :]
         heads, scales = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column
     return heads, scales
@@ -36,13 +35,15 @@ def _read(
 
 @jit
 def read(
-    ring: Value, pair: Value, column: Value, seen: Value, dims: Value, SINKS: constexpr, WINDOW: constexpr,
-    DIM: constexpr, CODED: constexpr,
+    ring: Value, pair: Value, column: Value, early: Value, late: Value, dims: Value, SINKS: constexpr,
+    WINDOW: constexpr, DIM: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
-    """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs."""
-    # Values first: Triton changes the layout of keys as soon as it has asked for them, and waits.
-    values, value_scales = _read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED, 1)
-    keys, key_scales = _read(ring, pair, column, seen, dims, SINKS, WINDOW, DIM, CODED, 0)
+    """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs.
+
+    Of sinks where `early` says so (None: no slot is a sink's), of the window where `late` does; zeros elsewhere.
+    """
+    values, value_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 1)
+    keys, key_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 0)
     return keys, key_scales, values, value_scales
 
 
