@@ -101,13 +101,29 @@ def _fetch_new(
 
 
 @jit
-def _begin(query: Value, key: Value, value: Value, now: Value, writes: Value, FIRST: constexpr) -> Value:
+def _begin(query: Value, fresh: Value, now: Value, writes: Value, FIRST: constexpr) -> Value:
     """The new token alone where this program `writes` it; nothing otherwise."""
-    score = tl.sum(query.to(tl.float32) * key, 1)
+    key, key_scale, value, value_scale = fresh
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * key_scale
     total = score * 0.0 + tl.where(writes, 1.0, 0.0)
-    gathered = query.to(tl.float32) * 0.0 + tl.where(writes, value, 0.0)
+    gathered = query.to(tl.float32) * 0.0 + tl.where(writes, value.to(tl.float32) * value_scale[:, None], 0.0)
     mass = tl.where(now < FIRST, total, 0.0)
     return gathered, total, tl.where(writes, score, float("-inf")), tl.where(writes, score, 0.0), mass
+
+
+@jit
+def _with_new(tile: Value, fresh: Value, here: Value, seen: Value, CODED: constexpr) -> Value:
+    """A tile that was read before the position was known: the new token is `here`, and zeros are where none is seen.
+
+    What nobody sees would weigh nothing, but may be no number at all.
+    """
+    keys = tl.where(here[:, None], fresh[0], tl.where(seen[:, None], tile[0], 0.0))
+    values = tl.where(here[:, None], fresh[2], tl.where(seen[:, None], tile[2], 0.0))
+    key_scales, value_scales = tile[1], tile[3]
+    if CODED:
+        key_scales = tl.where(here, fresh[1], key_scales)
+        value_scales = tl.where(here, fresh[3], tl.where(seen, value_scales, 0.0))
+    return keys, key_scales, values, value_scales
 
 
 @jit
@@ -116,7 +132,7 @@ def step_kernel(
     seats: Value, turning: Value, logits: Value, norms: Value, scale: Value, start: Value, strides: Value,
     HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, SINKS: constexpr,
     WINDOW: constexpr, FIRST: constexpr, APART: constexpr, SPAN: constexpr, SLOTS: constexpr, SPLITS: constexpr,
-    CHUNK: constexpr, TURNED: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr, SEATED: constexpr,
+    TURNED: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr, SEATED: constexpr,
     TABLES: constexpr, NORMED: constexpr, LOGITS: constexpr, STATISTICS: constexpr, CODED: constexpr,
     AHEAD: constexpr, OVERLAP: constexpr,
 ) -> None:  # fmt: skip
@@ -151,17 +167,18 @@ def step_kernel(
     query = (own * cos + other * sin).to(ring[0].dtype.element_ty)
     slot = tl.where(now < SINKS, now, SINKS + (now - SINKS) % WINDOW)
     writes = (part == APART) & (now >= 0)
-    key = put(ring, pair, slot, key * cos + key_other * sin, dims, writes, SINKS, WINDOW, DIM, CODED, 0)
-    value = put(ring, pair, slot, value, dims, writes, SINKS, WINDOW, DIM, CODED, 1)
-    state = _begin(query, key, value, now, writes, FIRST)
+    key, key_scale = put(ring, pair, slot, key * cos + key_other * sin, dims, writes, SINKS, WINDOW, DIM, CODED, 0)
+    value, value_scale = put(ring, pair, slot, value, dims, writes, SINKS, WINDOW, DIM, CODED, 1)
+    fresh = (key, key_scale, value, value_scale)
     count, slot = tl.minimum(now + 1, SINKS + WINDOW).to(tl.int32), slot.to(tl.int32)
     if AHEAD:
-        seen = (late | early if APART else late) & (column < count) & (column != slot)
-        # What nobody sees weighs nothing, but may be no number at all.
-        keys, values = (tl.where(seen[:, None], tile[0], 0.0), tl.where(seen[:, None], tile[2], 0.0))
-        tile = (keys, tile[1], values, tl.where(seen, tile[3], 0))
+        zeros = tl.zeros([MEMBERS], tl.float32)
+        state = (tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros - float("inf"), zeros, zeros)
+        seen = (late | early if APART else late) & (column < count)
+        tile = _with_new(tile, fresh, column == slot, seen, CODED)
         state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     else:
+        state = _begin(query, fresh, now, writes, FIRST)
         if SINKS > 0:
             sink_query = query
             if APART == 0:
@@ -187,6 +204,6 @@ def step_kernel(
         leave(state, partials, place * SPLITS + part, notes, GROUP, PADDED, MEMBERS, STATISTICS)
         tl.debug_barrier()
         if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
-            whole = fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, MEMBERS, SPLITS, CHUNK, STATISTICS)
+            whole = fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, MEMBERS, SPLITS, STATISTICS)
             write(whole, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS, STATISTICS)
             tl.store(arrivals + place, 0)

@@ -184,12 +184,10 @@ def _constants(step: Step, group: int, head_dim: int) -> dict[str, Any]:
     """What the compiler must know, apart from how many heads there are."""
     cut, padded, members = step.cut, _power_of_two(head_dim), _power_of_two(group)
     tiles, apart = -(-step.window // cut.slots), int(cut.splits > 1 and step.sinks > 0)
-    splits, room = cut.splits + apart, cut.warps * 32 * 64  # registers for the parts: 64 of a thread
     norms, rotary = step.norms, step.scoring.rotary
     return {
         "PADDED": padded, "MEMBERS": members, "SINKS": step.sinks, "WINDOW": step.window, "FIRST": step.first_keys or 0,
-        "APART": apart, "SPAN": -(-tiles // cut.splits) * cut.slots, "SLOTS": cut.slots, "SPLITS": splits,
-        "CHUNK": max(1, min(_power_of_two(splits), room // (members * padded))),
+        "APART": apart, "SPAN": -(-tiles // cut.splits) * cut.slots, "SLOTS": cut.slots, "SPLITS": cut.splits + apart,
         "TURNED": 0 if rotary is None else rotary.first, "PAIRS": 0 if rotary is None else rotary.width // 2,
         "INTERLEAVED": rotary is not None and rotary.interleaved,
         "NORMED": 0 if norms is None else 1 + norms.unit_offset, "LOGITS": step.scoring.sink_logits is not None,

@@ -52,7 +52,7 @@ def put(
     ring: Value, pair: Value, slot: Value, new: Value, dims: Value, mine: Value, SINKS: constexpr, WINDOW: constexpr,
     DIM: constexpr, CODED: constexpr, WHICH: constexpr,
 ) -> Value:  # fmt: skip
-    """Write the new key or value [1, dims] into its slot if it is `mine` to do; as the ring keeps it, in float32."""
+    """Write the new key or value [1, dims] into its slot if it is `mine` to do; as the ring keeps it, and its scale."""
     inside = (dims < DIM)[None, :] & mine
     new = new.to(ring[0].dtype.element_ty)
     kept = new.to(tl.float32)
@@ -67,7 +67,8 @@ def put(
         tl.store(ring[3 * WHICH + 1] + place * DIM + dims[None, :], codes.to(tl.int8), mask=late)
         only = tl.arange(0, 1)
         tl.store(ring[3 * WHICH + 2] + place + only, scale, mask=(only == 0) & mine & (slot >= SINKS))
-        kept = tl.where(early, kept, codes * scale[:, None])
+        kept, scale = tl.where(early, kept, codes), tl.where(early, 1.0, scale)
     else:
         tl.store(ring[WHICH] + (pair * (SINKS + WINDOW) + slot) * DIM + dims[None, :], new, mask=inside)
-    return kept
+        scale = tl.full([1], 1.0, tl.float32)
+    return kept.to(ring[0].dtype.element_ty), scale
