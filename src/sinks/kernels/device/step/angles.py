@@ -57,12 +57,12 @@ def fetch(turning: Value, row: Value, which: Value, turn: Value, PAIRS: constexp
 
 @jit
 def angle(fetched: Value, turn: Value, position: Value, TABLES: constexpr) -> Value:
-    """Cosine, and sine with the sign of its dimension, [1, dims]: own times the one, partner times the other."""
+    """Cosine, and sine with the sign of its dimension, [dims]: own times the one, partner times the other."""
     if TABLES:
         cos, sin = fetched
     else:
         cos, sin = sine_cosine(fetched[0] * position)
-    return cos[None, :], tl.where(turn[1], sin, -sin)[None, :]
+    return cos, tl.where(turn[1], sin, -sin)
 
 
 @jit

@@ -18,16 +18,16 @@ from sinks.kernels.device.step.ring import put, read
 
 @jit
 def _norm(
-    head: Value, weight: Value, epsilon: Value, partner: Value, dims: Value, DIM: constexpr, NORMED: constexpr
-) -> Value:
-    """`head` is own and partner's numbers; both normed, in float32. NORMED: 0 not, 1 as Qwen 3, 2 as Gemma 3."""
-    own, other = head
+    own: Value, other: Value, weight: Value, epsilon: Value, partner: Value, dims: Value, DIM: constexpr,
+    NORMED: constexpr, AXIS: constexpr,
+) -> Value:  # fmt: skip
+    """Own and partner's numbers normed, in float32. NORMED: 0 not at all, 1 as Qwen 3, 2 as Gemma 3."""
     kind = own.dtype
     own, other = own.to(tl.float32), other.to(tl.float32)
     if NORMED > 0:
-        mine = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
-        theirs = tl.load(weight + partner, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
-        size = tl.rsqrt(tl.sum(own * own, 1) / DIM + epsilon)[:, None]
+        mine = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
+        theirs = tl.load(weight + partner, mask=dims < DIM, other=0.0).to(tl.float32)
+        size = tl.rsqrt(tl.sum(own * own, AXIS, keep_dims=AXIS == 1) / DIM + epsilon)
         if NORMED == 1:  # rounded before the weight and after it
             own = ((own * size).to(kind).to(tl.float32) * mine).to(kind).to(tl.float32)
             other = ((other * size).to(kind).to(tl.float32) * theirs).to(kind).to(tl.float32)
@@ -86,27 +86,40 @@ def _fetch_new(
     new: Value, row: Value, kv_head: Value, strides: Value, partner: Value, GROUP: constexpr, DIM: constexpr,
     PADDED: constexpr, MEMBERS: constexpr,
 ) -> Value:  # fmt: skip
-    """The new token as it came: query and key, own and partner's, and the value; before anything is computed."""
-    dims, member, one = tl.arange(0, PADDED), tl.arange(0, MEMBERS), tl.arange(0, 1)
-    inside = (dims < DIM)[None, :]
-    mine = (member < GROUP)[:, None] & inside
+    """The new token as it came: query [members, dims] and key [dims], own and partner's numbers, and the value."""
+    dims, member = tl.arange(0, PADDED), tl.arange(0, MEMBERS)
+    inside = dims < DIM
+    mine = (member < GROUP)[:, None] & inside[None, :]
     query = new[0] + (row * strides[0] + (kv_head * GROUP + member) * strides[1])[:, None]
-    key = new[1] + (row * strides[2] + kv_head * strides[3] + one)[:, None]
-    value = new[2] + (row * strides[4] + kv_head * strides[5] + one)[:, None] + dims[None, :]
+    key = new[1] + row * strides[2] + kv_head * strides[3]
+    value = new[2] + row * strides[4] + kv_head * strides[5] + dims
     return (
         tl.load(query + dims[None, :], mask=mine, other=0.0), tl.load(query + partner[None, :], mask=mine, other=0.0),
-        tl.load(key + dims[None, :], mask=inside, other=0.0), tl.load(key + partner[None, :], mask=inside, other=0.0),
+        tl.load(key + dims, mask=inside, other=0.0), tl.load(key + partner, mask=inside, other=0.0),
         tl.load(value, mask=inside, other=0.0),
     )  # fmt: skip
+
+
+@jit
+def _known(values: Value, now: Value) -> Value:
+    """`values` of a row that takes part, zeros otherwise.
+
+    Nothing can be done with them before the position is known: else Triton would move them between threads as soon as
+    they are asked for, and wait for each in turn.
+    """
+    known = ()
+    for index in tl.static_range(len(values)):
+        known = known + (tl.where(now >= 0, values[index], 0),)
+    return known
 
 
 @jit
 def _begin(query: Value, fresh: Value, now: Value, writes: Value, FIRST: constexpr) -> Value:
     """The new token alone where this program `writes` it; nothing otherwise."""
     key, key_scale, value, value_scale = fresh
-    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * key_scale
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * key_scale
     total = score * 0.0 + tl.where(writes, 1.0, 0.0)
-    gathered = query.to(tl.float32) * 0.0 + tl.where(writes, value.to(tl.float32) * value_scale[:, None], 0.0)
+    gathered = query.to(tl.float32) * 0.0 + tl.where(writes, value.to(tl.float32) * value_scale, 0.0)[None, :]
     mass = tl.where(now < FIRST, total, 0.0)
     return gathered, total, tl.where(writes, score, float("-inf")), tl.where(writes, score, 0.0), mass
 
@@ -117,8 +130,8 @@ def _with_new(tile: Value, fresh: Value, here: Value, seen: Value, CODED: conste
 
     What nobody sees would weigh nothing, but may be no number at all.
     """
-    keys = tl.where(here[:, None], fresh[0], tl.where(seen[:, None], tile[0], 0.0))
-    values = tl.where(here[:, None], fresh[2], tl.where(seen[:, None], tile[2], 0.0))
+    keys = tl.where(here[:, None], fresh[0][None, :], tl.where(seen[:, None], tile[0], 0.0))
+    values = tl.where(here[:, None], fresh[2][None, :], tl.where(seen[:, None], tile[2], 0.0))
     key_scales, value_scales = tile[1], tile[3]
     if CODED:
         key_scales = tl.where(here, fresh[1], key_scales)
@@ -158,13 +171,14 @@ def step_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     now = tl.load(positions + row).to(tl.int64)
     turn = pairs_of(dims, TURNED, PAIRS, INTERLEAVED)
-    own, other, key, key_other, value = _fetch_new(new, row, kv_head, strides, turn[3], GROUP, DIM, PADDED, MEMBERS)
-    fetched = fetch(turning, row, on_sinks.to(tl.int32), turn, PAIRS, TABLES)
-    own, other = _norm((own, other), norms[0], norms[2], turn[3], dims, DIM, NORMED)
-    key, key_other = _norm((key, key_other), norms[1], norms[2], turn[3], dims, DIM, NORMED)
+    fetched = _fetch_new(new, row, kv_head, strides, turn[3], GROUP, DIM, PADDED, MEMBERS)
+    turning_here = fetch(turning, row, on_sinks.to(tl.int32), turn, PAIRS, TABLES)
+    own, other, key, key_other, value = _known(fetched, now)
+    own, other = _norm(own, other, norms[0], norms[2], turn[3], dims, DIM, NORMED, 1)
+    key, key_other = _norm(key, key_other, norms[1], norms[2], turn[3], dims, DIM, NORMED, 0)
     in_cache = tl.minimum(now, SINKS + WINDOW - 1) + start
-    cos, sin = angle(fetched, turn, tl.where(on_sinks, in_cache, now + start), TABLES)
-    query = (own * cos + other * sin).to(ring[0].dtype.element_ty)
+    cos, sin = angle(_known(turning_here, now), turn, tl.where(on_sinks, in_cache, now + start), TABLES)
+    query = (own * cos[None, :] + other * sin[None, :]).to(ring[0].dtype.element_ty)
     slot = tl.where(now < SINKS, now, SINKS + (now - SINKS) % WINDOW)
     writes = (part == APART) & (now >= 0)
     key, key_scale = put(ring, pair, slot, key * cos + key_other * sin, dims, writes, SINKS, WINDOW, DIM, CODED, 0)

@@ -52,23 +52,22 @@ def put(
     ring: Value, pair: Value, slot: Value, new: Value, dims: Value, mine: Value, SINKS: constexpr, WINDOW: constexpr,
     DIM: constexpr, CODED: constexpr, WHICH: constexpr,
 ) -> Value:  # fmt: skip
-    """Write the new key or value [1, dims] into its slot if it is `mine` to do; as the ring keeps it, and its scale."""
-    inside = (dims < DIM)[None, :] & mine
-    new = new.to(ring[0].dtype.element_ty)
-    kept = new.to(tl.float32)
+    """Write the new key or value [dims] into its slot if it is `mine` to do; as the ring keeps it, and its scale."""
+    inside = (dims < DIM) & mine
+    kept = new.to(ring[0].dtype.element_ty)
+    scale = 1.0
     if CODED:
         early = slot < SINKS
-        tl.store(ring[3 * WHICH] + (pair * SINKS + slot) * DIM + dims[None, :], new, mask=inside & early)
+        tl.store(ring[3 * WHICH] + (pair * SINKS + slot) * DIM + dims, kept, mask=inside & early)
+        wide = kept.to(tl.float32)
         # What is not finite leaves a scale that is not either: times zero it is NaN.
-        scale = tl.div_rn(tl.max(tl.abs(kept), 1), tl.full([1], 127.0, tl.float32)) + tl.sum(kept * 0.0, 1)
-        codes = tl.div_rn(kept, tl.where(scale > 0, scale, 1.0)[:, None] + kept * 0.0)
+        scale = tl.div_rn(tl.max(tl.abs(wide), 0), 127.0) + tl.sum(wide * 0.0, 0)
+        codes = tl.div_rn(wide, tl.where(scale > 0, scale, 1.0) + wide * 0.0)
         codes = (codes + 12582912.0) - 12582912.0  # to the nearest whole number, ties to the even one
-        place, late = pair * WINDOW + slot - SINKS, inside & (slot >= SINKS)
-        tl.store(ring[3 * WHICH + 1] + place * DIM + dims[None, :], codes.to(tl.int8), mask=late)
-        only = tl.arange(0, 1)
-        tl.store(ring[3 * WHICH + 2] + place + only, scale, mask=(only == 0) & mine & (slot >= SINKS))
-        kept, scale = tl.where(early, kept, codes), tl.where(early, 1.0, scale)
+        place, late = pair * WINDOW + slot - SINKS, slot >= SINKS
+        tl.store(ring[3 * WHICH + 1] + place * DIM + dims, codes.to(tl.int8), mask=inside & late)
+        tl.store(ring[3 * WHICH + 2] + place, scale, mask=mine & late)
+        kept, scale = tl.where(early, kept, codes.to(kept.dtype)), tl.where(early, 1.0, scale)
     else:
-        tl.store(ring[WHICH] + (pair * (SINKS + WINDOW) + slot) * DIM + dims[None, :], new, mask=inside)
-        scale = tl.full([1], 1.0, tl.float32)
-    return kept.to(ring[0].dtype.element_ty), scale
+        tl.store(ring[WHICH] + (pair * (SINKS + WINDOW) + slot) * DIM + dims, kept, mask=inside)
+    return kept, scale
