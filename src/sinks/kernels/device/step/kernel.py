@@ -164,8 +164,8 @@ def step_kernel(
     if AHEAD:
         column = low + tl.arange(0, SLOTS)
         late = (column < SINKS + WINDOW) & (on_sinks == 0)
-        early = (column < SINKS) & on_sinks if APART else None
-        tile = read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED)
+        early = (column < SINKS) & on_sinks
+        tile = read(ring, pair, column, early if APART else None, late, dims, SINKS, WINDOW, DIM, CODED)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -188,7 +188,7 @@ def step_kernel(
     if AHEAD:
         zeros = tl.zeros([MEMBERS], tl.float32)
         state = (tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros - float("inf"), zeros, zeros)
-        seen = (late | early if APART else late) & (column < count)
+        seen = (late | early) & (column < count)
         tile = _with_new(tile, fresh, column == slot, seen, CODED)
         state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     else:

@@ -1,7 +1,7 @@
 """What the kernel of a step reads from a ring and writes into it, in full precision or as int8.
 
-A full ring is (keys, values), `[seats, kv_heads, capacity, head_dim]`. An int8 one (CODED) is (sink keys, key codes, key
-scales, sink values, value codes, value scales): sinks in full, the window as codes times one scale a token and head.
+A full ring is (keys, values), `[seats, kv_heads, capacity, head_dim]`. An int8 one (CODED) is (sink keys, key codes,
+key scales, sink values, value codes, value scales): sinks in full, the window as codes times a scale of token and head.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
