@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -110,7 +109,7 @@ def test_a_stream_far_on_gives_the_same(far: int) -> None:
             if column == full:  # a ring fills near the beginning; only a full one can be far on
                 keys[:, :, sinks:] = moved(keys[:, :, sinks:], origin, scoring)
             where = torch.tensor([column + origin * (column >= full)], device=DEVICE)
-            new: Any = (part[:, :, column] for part in (query, key, value))
+            new = query[:, :, column], key[:, :, column], value[:, :, column]
             found.append(attend_step(step, *new, keys, values, where)[0])
     near, away = outs.values()
     for one, other in zip(near, away, strict=True):
@@ -130,7 +129,7 @@ def test_one_graph_serves_every_position() -> None:
     query, key, value = stream.heads_of()
     keys = torch.zeros(2, 2, 64, 64, device=DEVICE)
     values, now = torch.zeros_like(keys), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    new: Any = [part[:, :, 0].contiguous() for part in (query, key, value)]
+    new = query[:, :, 0].contiguous(), key[:, :, 0].contiguous(), value[:, :, 0].contiguous()
     step = Step.prepare(new[0], keys, sinks=4, window=60, scoring=stream.scoring())
     attend_step(step, *new, keys, values, now)  # compiles
     graph = torch.cuda.CUDAGraph()

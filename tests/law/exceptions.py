@@ -41,7 +41,7 @@ EXCEPTIONS: tuple[Allowed, ...] = (
         "src/sinks/kernels/device/step/kernel.py::step_kernel",
         "function",
         61,
-        "a signature of 12 lines; and the order in which it asks for memory is what it is about, so that stands together",
+        "a signature of 12 lines; and the order in which it asks for memory is its point, so that stands together",
     ),
     Allowed("src/sinks/kernels/device/step/launch.py::Step.prepare", "parameters", 9, STEP),
     Allowed("src/sinks/kernels/device/step/launch.py::attend_step", "parameters", 10, STEP),

@@ -5,7 +5,7 @@ phases. So one CUDA graph serves every position. The slots are split among progr
 registers and writes it, so nobody waits for that, and the last to arrive puts the parts together.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 # Branches on constants of the compilation: what one of them binds, only it uses.
 
 from __future__ import annotations
