@@ -21,16 +21,16 @@ def _read(
     if CODED:
         place = pair * WINDOW + column - SINKS
         codes = ring[3 * WHICH + 1] + place[:, None] * DIM + dims[None, :]
-        heads = tl.load(codes, mask=late[:, None] & inside, other=0).to(ring[0].dtype.element_ty)
-        scales = tl.load(ring[3 * WHICH + 2] + place, mask=late, other=1.0)
+        heads = tl.load(codes, mask=late[:, None] & inside, other=0)
+        scales, front = tl.load(ring[3 * WHICH + 2] + place, mask=late, other=1.0), heads
         if early is not None:
-            front = ring[3 * WHICH] + (pair * SINKS + column)[:, None] * DIM + dims[None, :]
-            heads = tl.where(early[:, None], tl.load(front, mask=early[:, None] & inside, other=0.0), heads)
+            sinks = ring[3 * WHICH] + (pair * SINKS + column)[:, None] * DIM + dims[None, :]
+            front = tl.load(sinks, mask=early[:, None] & inside, other=0.0)
     else:
         seen = late if early is None else late | early
         slots = ring[WHICH] + (pair * (SINKS + WINDOW) + column)[:, None] * DIM + dims[None, :]
-        heads, scales = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column
-    return heads, scales
+        heads, scales, front = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column, column
+    return heads, scales, front
 
 
 @jit
@@ -38,13 +38,15 @@ def read(
     ring: Value, pair: Value, column: Value, early: Value, late: Value, dims: Value, SINKS: constexpr,
     WINDOW: constexpr, DIM: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
-    """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs.
+    """The slots at `column` of one seat and head: keys [slots, dims], their scales, and sinks apart; values alike.
 
     Of sinks where `early` says so (None: no slot is a sink's), of the window where `late` does; zeros elsewhere.
     """
-    values, value_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 1)
-    keys, key_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 0)
-    return keys, key_scales, values, value_scales
+    values, value_scales, value_front = _read(
+        ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 1
+    )  # fmt: skip
+    keys, key_scales, key_front = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 0)
+    return keys, key_scales, key_front, values, value_scales, value_front
 
 
 @jit
