@@ -13,7 +13,7 @@ from __future__ import annotations
 from sinks.kernels.device.language import Value, constexpr, jit, tl
 from sinks.kernels.device.step.angles import angle, fetch, pairs_of
 from sinks.kernels.device.step.parts import finish, nothing
-from sinks.kernels.device.step.ring import put, read
+from sinks.kernels.device.step.ring import put, read, widen
 
 
 @jit
@@ -53,7 +53,6 @@ def _attend(
     """Fold a tile of slots in, those that are `seen`; `first` marks the ones whose mass is counted."""
     gathered, total, largest, weighed, mass = state
     keys, key_scales, values, value_scales = tile
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if CODED:
         scores = scores * key_scales[None, :]
@@ -80,14 +79,18 @@ def _walk(
 ) -> Value:  # fmt: skip
     """Fold in the slots from bounds[0] up to bounds[1], but for the new token's: sinks (EARLY) or the window's."""
     if CODED:
-        # Codes are widened in registers: what Triton keeps ahead in shared memory would be read byte by byte.
+        # Ahead in registers: what Triton keeps ahead in shared memory would be read byte by byte.
         column = bounds[0] + tl.arange(0, SLOTS)
         tile = _ahead(ring, pair, column, bounds[1], slot, dims, SINKS, WINDOW, DIM, EARLY)
         for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1):
             column = begin + tl.arange(0, SLOTS)
             after = _ahead(ring, pair, column + SLOTS, bounds[1], slot, dims, SINKS, WINDOW, DIM, EARLY)
             seen = (column < bounds[1]) & (column != slot)
-            state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, not EARLY)
+            keys, values = tile[0], tile[2]
+            if not EARLY:
+                keys, values = widen(keys, query.dtype), widen(values, query.dtype)
+            whole = (keys, tile[1], values, tile[3])
+            state = _attend(state, query, whole, seen, column < FIRST, scale, STATISTICS, not EARLY)
             tile = after
     else:
         for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1 if EARLY else None):
@@ -165,7 +168,7 @@ def _settle(
 ) -> Value:  # fmt: skip
     """Keys or values that were read before the position was known: the new one is `here`, zeros where none is seen."""
     if CODED:
-        heads = heads.to(new.dtype)
+        heads = widen(heads, new.dtype)
         if APART:
             heads = tl.where(on_sinks, tl.where(seen[:, None], front, 0.0), heads)
     else:
