@@ -25,13 +25,13 @@ SMALL = [
     Stream(1, 1, 9, norms="qwen"),
     Stream(4, 7, 30, heads=(3, 1), head_dim=96, norms="gemma", start=2**31),
     Stream(20, 9, 40, heads=(2, 2), head_dim=128, logits=5.0, ragged=False),
-    Stream(3, 150, 170, heads=(2, 1), cut=Cut(64, 3), logits=-torch.inf),
-    Stream(3, 150, 160, heads=(2, 1), cut=Cut(64, 2), ragged=False, dtype=torch.float16, tables=True),
-    Stream(2, 70, 80, heads=(1, 1), head_dim=256),
+    Stream(3, 70, 90, heads=(2, 1), cut=Cut(32, 3), logits=-torch.inf),
+    Stream(3, 70, 80, heads=(2, 1), cut=Cut(32, 2), ragged=False, dtype=torch.float16, tables=True),
+    Stream(2, 38, 48, heads=(1, 1), head_dim=256),
     Stream(4, 33, 50, heads=(3, 1), logits=0.5, seats=(0, 2), norms="qwen", dtype=torch.float16),
     Stream(3, 12, 40, coded=True, logits=20.0, seats=(1, 0), start=5, cut=Cut(16, 1)),
     Stream(0, 17, 40, coded=True, cut=Cut(16, 2), tables=True, ragged=False),
-    Stream(20, 44, 90, heads=(2, 1), coded=True, cut=Cut(16, 2), dtype=torch.float16, norms="gemma"),
+    Stream(20, 24, 60, heads=(2, 1), coded=True, cut=Cut(16, 2), dtype=torch.float16, norms="gemma"),
 ]
 """The interpreter multiplies no matrices of bfloat16: those are for the GPU."""
 
