@@ -28,7 +28,6 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/sink_part.py::_sink_gradient", "parameters", 19, POINTERS),
     Allowed("src/sinks/kernels/device/step/kernel.py::_norm", "parameters", 9, POINTERS),
     Allowed("src/sinks/kernels/device/step/kernel.py::_walk", "parameters", 16, POINTERS),
-    Allowed("src/sinks/kernels/device/step/kernel.py::_ahead", "parameters", 10, POINTERS),
     Allowed("src/sinks/kernels/device/step/kernel.py::_fetch_new", "parameters", 9, POINTERS),
     Allowed("src/sinks/kernels/device/step/kernel.py::step_kernel", "parameters", 37, POINTERS),
     Allowed("src/sinks/kernels/device/step/parts.py::_fold", "parameters", 9, POINTERS),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from sinks.kernels.device.language import Value, constexpr, jit, tl
 from sinks.kernels.device.step.angles import angle, fetch, pairs_of
 from sinks.kernels.device.step.parts import finish, nothing
-from sinks.kernels.device.step.ring import put, read, widen
+from sinks.kernels.device.step.ring import put, read
 
 
 @jit
@@ -78,44 +78,15 @@ def _walk(
     STATISTICS: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
     """Fold in the slots from bounds[0] up to bounds[1], but for the new token's: sinks (EARLY) or the window's."""
-    if CODED:
-        # Ahead in registers: what Triton keeps ahead in shared memory would be read byte by byte.
-        column = bounds[0] + tl.arange(0, SLOTS)
-        tile = _ahead(ring, pair, column, bounds[1], slot, dims, SINKS, WINDOW, DIM, EARLY)
-        for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1):
-            column = begin + tl.arange(0, SLOTS)
-            after = _ahead(ring, pair, column + SLOTS, bounds[1], slot, dims, SINKS, WINDOW, DIM, EARLY)
-            seen = (column < bounds[1]) & (column != slot)
-            keys, values = tile[0], tile[2]
-            if not EARLY:
-                keys, values = widen(keys, query.dtype), widen(values, query.dtype)
-            whole = (keys, tile[1], values, tile[3])
-            state = _attend(state, query, whole, seen, column < FIRST, scale, STATISTICS, not EARLY)
-            tile = after
-    else:
-        for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1 if EARLY else None):
-            column = begin + tl.arange(0, SLOTS)
-            seen = (column < bounds[1]) & (column != slot)
-            held = read(ring, pair, column, None, seen, dims, SINKS, WINDOW, DIM, False)
-            tile = (held[0], held[1], held[3], held[4])
-            state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, False)
+    for begin in tl.range(bounds[0], bounds[1], SLOTS, num_stages=1 if EARLY else None):
+        column = begin + tl.arange(0, SLOTS)
+        seen = (column < bounds[1]) & (column != slot)
+        if EARLY:
+            tile = read(ring, pair, column, seen, seen & False, dims, SINKS, WINDOW, DIM, CODED)
+        else:
+            tile = read(ring, pair, column, None, seen, dims, SINKS, WINDOW, DIM, CODED)
+        state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     return state
-
-
-@jit
-def _ahead(
-    ring: Value, pair: Value, column: Value, end: Value, slot: Value, dims: Value, SINKS: constexpr,
-    WINDOW: constexpr, DIM: constexpr, EARLY: constexpr,
-) -> Value:  # fmt: skip
-    """A tile of sinks (EARLY) or codes, and zeros past the end."""
-    seen = (column < end) & (column != slot)
-    if EARLY:
-        held = read(ring, pair, column, seen, seen & False, dims, SINKS, WINDOW, DIM, True)
-        tile = (held[2], held[1], held[5], held[4])
-    else:
-        held = read(ring, pair, column, None, seen, dims, SINKS, WINDOW, DIM, True)
-        tile = (held[0], held[1], held[3], held[4])
-    return tile
 
 
 @jit
@@ -162,28 +133,14 @@ def _begin(query: Value, fresh: Value, now: Value, writes: Value, FIRST: constex
 
 
 @jit
-def _settle(
-    heads: Value, front: Value, new: Value, here: Value, seen: Value, on_sinks: Value, APART: constexpr,
-    CODED: constexpr,
-) -> Value:  # fmt: skip
-    """Keys or values that were read before the position was known: the new one is `here`, zeros where none is seen."""
-    if CODED:
-        heads = widen(heads, new.dtype)
-        if APART:
-            heads = tl.where(on_sinks, tl.where(seen[:, None], front, 0.0), heads)
-    else:
-        heads = tl.where(seen[:, None], heads, 0.0)
-    return tl.where(here[:, None], new[None, :], heads)
+def _with_new(tile: Value, fresh: Value, here: Value, seen: Value, CODED: constexpr) -> Value:
+    """A tile that was read before the position was known: the new token is `here`, and zeros are where none is seen.
 
-
-@jit
-def _with_new(
-    tile: Value, fresh: Value, here: Value, seen: Value, on_sinks: Value, APART: constexpr, CODED: constexpr
-) -> Value:
-    """The whole tile so settled. What nobody sees would weigh nothing, but may be no number at all."""
-    keys = _settle(tile[0], tile[2], fresh[0], here, seen, on_sinks, APART, CODED)
-    values = _settle(tile[3], tile[5], fresh[2], here, seen, on_sinks, APART, CODED)
-    key_scales, value_scales = tile[1], tile[4]
+    What nobody sees would weigh nothing, but may be no number at all.
+    """
+    keys = tl.where(here[:, None], fresh[0][None, :], tl.where(seen[:, None], tile[0], 0.0))
+    values = tl.where(here[:, None], fresh[2][None, :], tl.where(seen[:, None], tile[2], 0.0))
+    key_scales, value_scales = tile[1], tile[3]
     if CODED:
         key_scales = tl.where(here, fresh[1], key_scales)
         value_scales = tl.where(here, fresh[3], tl.where(seen, value_scales, 0.0))
@@ -234,7 +191,7 @@ def step_kernel(
     count, slot = tl.minimum(now + 1, SINKS + WINDOW).to(tl.int32), slot.to(tl.int32)
     if AHEAD:
         seen = (late | early) & (column < count)
-        tile = _with_new(tile, fresh, column == slot, seen, on_sinks, APART, CODED)
+        tile = _with_new(tile, fresh, column == slot, seen, CODED)
         state = _attend(nothing(MEMBERS, PADDED), query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     else:
         state = _begin(query, fresh, now, writes, FIRST)

@@ -55,13 +55,19 @@ class Cut:
     overlap: bool = False
 
 
-def choose_cut(batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int) -> Cut:
-    """How to cut a step of these sizes: what was fastest on an H200, of 140 ways (benchmarks/gpu/step.py)."""
+def choose_cut(
+    batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int, coded: bool = False
+) -> Cut:  # fmt: skip
+    """How to cut a step of these sizes: what was fastest on an H200, of 140 ways. `coded`: the ring is an int8 one."""
     slots = 32 if head_dim > 128 else 64
     tiles, share = -(-capacity // slots), PROGRAMS // (batch * kv_heads)
+    if share < 2 and coded:
+        return Cut(slots, 1, warps=2)
+    if share < 2 and head_dim > 64:
+        return Cut(slots, 1, stages=2)
     if share < 2:
-        return Cut(slots, 1, stages=3 if head_dim <= 64 else 2)
-    if head_dim <= 64 and 32 < tiles <= 2 * min(share, 33):
+        return Cut(slots, 1, warps=2, stages=4) if share else Cut(slots, 1)
+    if head_dim <= 128 and 32 < tiles <= 2 * min(share, 33):
         return Cut(2 * slots, -(-tiles // 2))
     return Cut(slots, min(tiles, share, 32))
 
@@ -107,7 +113,8 @@ class Step:
         if first_keys is not None and not 0 <= first_keys <= sinks:
             raise InvalidInput(f"first_keys={first_keys}: mass is counted on sinks, of which there are {sinks}")
         (batch, heads, head_dim), kv_heads = query.shape, (keys if isinstance(keys, Tensor) else keys[0]).shape[1]
-        cut = choose_cut(batch, heads, kv_heads, head_dim, sinks + window) if cut is None else cut
+        coded = not isinstance(keys, Tensor)
+        cut = choose_cut(batch, heads, kv_heads, head_dim, sinks + window, coded) if cut is None else cut
         tiles = -(-window // cut.slots)
         cut = replace(cut, splits=-(-tiles // -(-tiles // cut.splits)))
         rows = batch * kv_heads * (cut.splits + 1) * _power_of_two(heads // kv_heads) if cut.splits > 1 else 0

@@ -13,27 +13,6 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 
 @jit
-def widen(words: Value, KIND: constexpr) -> Value:
-    """Codes [slots, dims] as numbers, from words [slots, dims / 4] of four.
-
-    Each byte, its sign bit flipped, becomes the end of a float32 of 2^23 and more, so that one subtraction is the whole
-    conversion: Triton's own takes 8-bit numbers apart and together again around every loop.
-    """
-    flipped = words ^ -2139062144  # 0x80 in every byte
-    first = _byte(flipped, 0).to(KIND)
-    second = _byte(flipped, 8).to(KIND)
-    third = _byte(flipped, 16).to(KIND)
-    fourth = _byte(flipped, 24).to(KIND)
-    joined = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(joined, [words.shape[0], 4 * words.shape[1]])
-
-
-@jit
-def _byte(words: Value, SHIFT: constexpr) -> Value:
-    return (((words >> SHIFT) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-
-
-@jit
 def _read(
     ring: Value, pair: Value, column: Value, early: Value, late: Value, dims: Value, SINKS: constexpr,
     WINDOW: constexpr, DIM: constexpr, CODED: constexpr, WHICH: constexpr,
@@ -41,18 +20,17 @@ def _read(
     inside = (dims < DIM)[None, :]
     if CODED:
         place = pair * WINDOW + column - SINKS
-        words = tl.arange(0, dims.shape[0] // 4)
-        codes = ring[3 * WHICH + 1].to(tl.pointer_type(tl.int32)) + place[:, None] * (DIM // 4) + words[None, :]
-        heads = tl.load(codes, mask=late[:, None] & (words < DIM // 4)[None, :], other=0)
-        scales, front = tl.load(ring[3 * WHICH + 2] + place, mask=late, other=1.0), heads
+        codes = ring[3 * WHICH + 1] + place[:, None] * DIM + dims[None, :]
+        heads = tl.load(codes, mask=late[:, None] & inside, other=0).to(ring[0].dtype.element_ty)
+        scales = tl.load(ring[3 * WHICH + 2] + place, mask=late, other=1.0)
         if early is not None:
-            sinks = ring[3 * WHICH] + (pair * SINKS + column)[:, None] * DIM + dims[None, :]
-            front = tl.load(sinks, mask=early[:, None] & inside, other=0.0)
+            front = ring[3 * WHICH] + (pair * SINKS + column)[:, None] * DIM + dims[None, :]
+            heads = tl.where(early[:, None], tl.load(front, mask=early[:, None] & inside, other=0.0), heads)
     else:
         seen = late if early is None else late | early
         slots = ring[WHICH] + (pair * (SINKS + WINDOW) + column)[:, None] * DIM + dims[None, :]
-        heads, scales, front = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column, column
-    return heads, scales, front
+        heads, scales = tl.load(slots, mask=seen[:, None] & inside, other=0.0), column
+    return heads, scales
 
 
 @jit
@@ -60,17 +38,13 @@ def read(
     ring: Value, pair: Value, column: Value, early: Value, late: Value, dims: Value, SINKS: constexpr,
     WINDOW: constexpr, DIM: constexpr, CODED: constexpr,
 ) -> Value:  # fmt: skip
-    """The slots at `column` of one seat and head: keys [slots, dims], their scales, and sinks apart; values alike.
-
-    Codes come as words of four (`widen`).
+    """The slots at `column` of one seat and head: keys [slots, dims] and their scales, values and theirs.
 
     Of sinks where `early` says so (None: no slot is a sink's), of the window where `late` does; zeros elsewhere.
     """
-    values, value_scales, value_front = _read(
-        ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 1
-    )  # fmt: skip
-    keys, key_scales, key_front = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 0)
-    return keys, key_scales, key_front, values, value_scales, value_front
+    values, value_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 1)
+    keys, key_scales = _read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED, 0)
+    return keys, key_scales, values, value_scales
 
 
 @jit
