@@ -61,10 +61,10 @@ def copy_rate() -> float:
     return 2 * 2**30 / timed(lambda: b.copy_(a), 1, 9) / 1e6
 
 
-def make(shape: tuple[int, int, str], weight: Any) -> Product:
+def make(shape: tuple[int, int, str], weight: Any, rows: int) -> Product:
     """A product around this weight."""
     depth, _, kind = shape
-    gain = torch.randn(depth, device="cuda").bfloat16() if kind != "residual" else None
+    gain = torch.randn(depth, device="cuda").bfloat16() if kind != "residual" and rows <= 8 else None
     return Product(weight, torch.bfloat16, gain, 1e-5, gated=kind == "gated", residual=kind == "residual")
 
 
@@ -72,7 +72,7 @@ def buffers(shape: tuple[int, int, str], rows: int) -> tuple[Any, Any]:
     """Input and output, as the step has them."""
     depth, outputs, kind = shape
     wide = torch.float32 if kind in ("residual", "norm") else torch.bfloat16
-    x = torch.randn(max(16, rows), depth, device="cuda", dtype=torch.bfloat16 if kind == "residual" else torch.float32)
+    x = torch.randn(max(16, rows), depth, device="cuda", dtype=torch.bfloat16 if kind == "residual" or rows > 8 else torch.float32)
     return x, torch.zeros(max(16, rows), outputs, device="cuda", dtype=wide)
 
 
@@ -91,7 +91,7 @@ def warm(rows: int, tiles: tuple[Tiles, ...]) -> None:
         shape, each, pdl = work
         depth, outputs, kind = shape
         weight = torch.randn(outputs * (2 if kind == "gated" else 1), depth, device="cuda").bfloat16()
-        product, (x, out) = make(shape, weight), buffers(shape, rows)
+        product, (x, out) = make(shape, weight, rows), buffers(shape, rows)
         try:
             product(x, out, rows, each, room(product, each, rows, kind), pdl)
         except Exception as error:  # noqa: BLE001
@@ -110,7 +110,7 @@ def table(rows: int, shape: tuple[int, int, str], tiles: tuple[Tiles, ...], roun
     copies = max(4, min(128, 2**28 // (height * depth * 2)))
     weights = torch.randn(copies, height, depth, device="cuda", dtype=torch.bfloat16)
     x, out = buffers(shape, rows)
-    products, size = [make(shape, weight) for weight in weights], height * depth * 2
+    products, size = [make(shape, weight, rows) for weight in weights], height * depth * 2
     lines = []
     for each in tiles:
         if each.stages == 0 and each.cols * each.depth * (2 if kind == "gated" else 1) > 2**16:

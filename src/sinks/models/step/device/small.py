@@ -73,3 +73,17 @@ def choose(
     tl.store(greedy + row, found)
     tl.store(ids + row, found)
     tl.store(positions + row, tl.where(position < 0, position, position + 1))
+
+
+@jit
+def norm_rows(
+    given: Value, gain: Value, out: Value, sizes: Value, WIDTH: constexpr, OFFSET: constexpr, PDL: constexpr
+) -> None:
+    """RMSNorm of rows of float32, where many rows would make every program of a product repeat it. As `add_normed`."""
+    ahead(PDL)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    inside, places = column < sizes[0], row * sizes[0] + column
+    own = tl.load(given + places, mask=inside, other=0.0)
+    factor = tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[1])
+    weight = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    tl.store(out + places, (own * factor * weight).to(out.dtype.element_ty), mask=inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
 from sinks.models.step.device.linear import Product, tiles_for
-from sinks.models.step.device.small import add_normed, choose, embed, norm_heads
+from sinks.models.step.device.small import add_normed, choose, embed, norm_heads, norm_rows
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
 from sinks.models.step.slots import Seats
 
 LEAST_ROWS = 16
 """Rows of a buffer, however few are used: what a matrix unit reads."""
+
+FUSED_ROWS = 8
+"""Up to so many rows, every program of a product normalises them itself."""
 
 
 class DeviceModel:
@@ -51,6 +55,7 @@ class _Buffers:
 
         self.states = room(width, dtype=torch.float32)
         self.branch = room(width, dtype=torch.float32) if first.after_mlp is not None else self.states
+        self.normed = room(width)
         self.heads = room(queries + 2 * keys, dim)
         self.seen = room(queries, dim)
         self.inner = room(first.gate_up.outputs)
@@ -225,6 +230,13 @@ class _Program:
     def _product(
         self, product: Product, given: Tensor, out: Tensor, best: tuple[Tensor, Tensor] | None = None
     ) -> None:
+        if product.gain is not None and self.rows > FUSED_ROWS:
+            width, normed = product.depth, self.step.buffers.normed
+            norm_rows[(self.rows,)](
+                given, product.gain, normed, (width, product.epsilon), WIDTH=_power(width), OFFSET=product.offset,
+                **self._pdl(), num_warps=8,
+            )  # fmt: skip
+            given, product = normed, replace(product, gain=None)
         product(given, out, self.rows, tiles_for(product, self.rows), best, self.step.pdl)
 
     def _add(self, norm: Norm | None) -> None:
