@@ -14,12 +14,10 @@ from sinks.errors import UnsupportedModel, UnsupportedOption
 from sinks.kernels.device.language import need_triton
 from sinks.kernels.device.step import HEAD_DIMS
 from sinks.models.families import base_of
-from sinks.models.step.blocks import ATTENTION
+from sinks.models.step.blocks import activation_of, why_not
 from sinks.models.step.device.linear import Product
 from sinks.models.weights.packed import Int8Linear
 
-SHAPED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -62,20 +60,8 @@ class DeviceWeights:
 def why_no_device_step(model: PreTrainedModel) -> str | None:
     """What keeps this model from a decode step in one CUDA graph, as a sentence; None if nothing does."""
     base: Any = base_of(model)
-    config = base.config
-    if config.model_type not in SHAPED:
-        return f"{config.model_type} is not among {', '.join(SHAPED)}"
-    if base is model or model.get_output_embeddings() is None:
-        return "it has no output head"
-    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if act not in ACTIVATIONS:
-        return f"its activation is {act}, not one of {', '.join(ACTIVATIONS)}"
-    for block in base.layers:
-        names = {name for name, _ in block.self_attn.named_children()}
-        if names not in ATTENTION:
-            return f"its attention is made of {', '.join(sorted(names))}"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
-        return "it caps its scores or logits"
+    if reason := why_not(model):
+        return reason
     head_dim = base.layers[0].self_attn.head_dim
     if head_dim not in HEAD_DIMS:
         return f"its heads have {head_dim} dimensions, not one of {', '.join(map(str, HEAD_DIMS))}"
@@ -101,7 +87,7 @@ def device_weights(model: PreTrainedModel) -> DeviceWeights:
     return DeviceWeights(
         embed=embed.weight.detach(),
         factor=1.0 if factor is None else float(torch.as_tensor(factor).to(model.dtype)),
-        blocks=tuple(_block(layer) for layer in base.layers),
+        blocks=tuple(_block(layer, activation_of(base.config) != "silu") for layer in base.layers),
         head=_product(head, norm_of(base.norm)),
         heads=(base.config.num_attention_heads, base.config.num_key_value_heads),
         head_dim=base.layers[0].self_attn.head_dim,
@@ -115,12 +101,11 @@ def _linears(block: Any) -> list[Any]:
     return [*inward, attention.o_proj, mlp.down_proj]
 
 
-def _block(layer: Any) -> DeviceBlock:
+def _block(layer: Any, gelu: bool) -> DeviceBlock:
     attention, mlp = layer.self_attn, layer.mlp
     four = hasattr(layer, "pre_feedforward_layernorm")
     head_norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if hasattr(attention, "q_norm") else None
     before_mlp = norm_of(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm)
-    gelu = ACTIVATIONS[getattr(layer.mlp.config, "hidden_act", None) or layer.mlp.config.hidden_activation]
     return DeviceBlock(
         qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj], norm_of(layer.input_layernorm)),
         head_norms=head_norms,
