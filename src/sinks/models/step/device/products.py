@@ -1,8 +1,9 @@
-"""Products of a few rows with a weight: what bounds a decode step, so that each weight is read once, at the bus's speed.
+"""Products of a few rows with a weight: what bounds a decode step, so each weight is read once, at the bus's speed.
 
-RMSNorm stands in front (its factor is one number a row, multiplied in at the end), an activation, a bias or the
-residual behind. A program holds `COLS` outputs over the whole depth, so sums have one order, whatever else runs. Where
-kernels are chained by programmatic launches, the first weights are on their way before the kernel ahead has finished.
+One row is multiplied lane by lane, RMSNorm in front (its factor is one number, multiplied in at the end); more rows go
+through matrix units, normalised beforehand. An activation, a bias or the residual stands behind. Sums have one order,
+whatever else runs. Where kernels are chained by programmatic launches, the first weights of one row's product are on
+their way before the kernel ahead has finished.
 """
 
 from __future__ import annotations
@@ -30,28 +31,71 @@ def bent(value: Value, GELU: constexpr) -> Value:
 @jit
 def _weights(weight: Value, n: Value, k: Value, depth: Value, inside: Value) -> Value:
     places = n.to(tl.int64)[:, None] * depth + k[None, :]
-    return tl.load(weight + places, mask=inside, other=0.0, eviction_policy="evict_first")
+    return tl.load(weight + places, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@jit
+def _floats(tile: Value, BITS: constexpr) -> Value:
+    """Bytes as float32 by way of the mantissa of 2^23: an ordinary conversion is four times slower."""
+    if BITS == 8:
+        raised = (tile.to(tl.int32) + 128) | 0x4B000000
+        return raised.to(tl.float32, bitcast=True) - 8388736.0
+    return tile.to(tl.float32)
+
+
+@jit
+def _halves(tile: Value) -> Value:
+    """The two weights less 8 of every byte, in float32."""
+    low = ((tile & 15).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    high = ((tile >> 4).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return low, high
 
 
 @jit
 def _given(x: Value, gain: Value, k: Value, depth: Value, NORM: constexpr, OFFSET: constexpr) -> Value:
-    """One row's inputs at `k` as they are, and times the norm's weight."""
+    """A row's inputs at `k`: their squares, and they times the norm's weight."""
     own = tl.load(x + k, mask=k < depth, other=0.0).to(tl.float32)
     if NORM:
-        return own, own * (tl.load(gain + k, mask=k < depth, other=0.0).to(tl.float32) + OFFSET)
+        return own * own, own * (tl.load(gain + k, mask=k < depth, other=0.0).to(tl.float32) + OFFSET)
     return own, own
 
 
 @jit
-def _end(
-    made: Value, extra: Value, bias: Value, out: Value, row: Value, n: Value, sizes: Value, GATED: constexpr,
-    GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
+def _grids(scales: Value, n: Value, start: Value, depth: Value, height: Value, GROUPS: constexpr) -> Value:
+    """Scale and centre of the groups of int4 weights from `start` on, [n, GROUPS]."""
+    group = start // 32 + tl.arange(0, GROUPS)
+    places = scales + (n[:, None] * (depth // 32) + group[None, :]) * 2
+    real = (n < height)[:, None] & (group * 32 < depth)[None, :]
+    scale = tl.load(places, mask=real, other=0.0).to(tl.float32)
+    return scale, tl.load(places + 1, mask=real, other=0.0).to(tl.float32)
+
+
+@jit
+def _fold(
+    made: Value, tile: Value, given: Value, scales: Value, n: Value, start: Value, sizes: Value, COLS: constexpr,
+    GROUPS: constexpr, BITS: constexpr,
 ) -> Value:  # fmt: skip
-    """`made` at places (row, n), shapes that broadcast: activation or bias or residual, and into `out`."""
+    """`made` with the tile's products added, one sum a lane; int4: one sum a group."""
+    if BITS == 4:
+        early, late = given
+        low, high = _halves(tile)
+        parts = tl.sum(tl.reshape(low * early[None, :] + high * late[None, :], (COLS, GROUPS, 16)), 2)
+        whole = tl.sum(tl.reshape(early + late, (GROUPS, 16)), 1)
+        scale, centre = _grids(scales, n, start, sizes[0], sizes[5], GROUPS)
+        return made + parts * scale + centre * whole[None, :]
+    return made + _floats(tile, BITS) * given[0][None, :]
+
+
+@jit
+def _end(
+    made: Value, extra: Value, bias: Value, out: Value, row: Value, n: Value, part: Value, sizes: Value,
+    GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
+) -> Value:  # fmt: skip
+    """`made` at places (row, n), shapes that broadcast: bias (in part 0), activation or residual, and into `out`."""
     count = sizes[1]
     inside = (n < count) & (row < sizes[2])
     if BIAS:
-        made += tl.load(bias + n, mask=n < count, other=0.0).to(tl.float32)
+        made += tl.load(bias + n, mask=(n < count) & (part == 0), other=0.0).to(tl.float32)
         if GATED:
             extra += tl.load(bias + count + n, mask=n < count, other=0.0).to(tl.float32)
     if GATED:
@@ -73,96 +117,150 @@ def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: 
 
 
 @jit
+def _scaled(made: Value, scales: Value, n: Value, real: Value) -> Value:
+    return made * tl.load(scales + n, mask=real, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
 def thin(
     x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
-    ROWS: constexpr, COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
-    RESIDUAL: constexpr, BIAS: constexpr, SCALED: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr,
+    COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr,
+    BIAS: constexpr, BITS: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
-    """By multiply and add, for the fewest rows. `sizes`: depth, outputs, rows, programs, epsilon."""
+    """One row, by multiply and add.
+
+    `sizes`: depth, outputs, rows, programs, epsilon, rows of the weight. `BITS` 8: `scales` one number a row of the
+    weight; 4: scale and centre of every 32 weights, two of which share a byte, 16 apart.
+    """
+    PACK: constexpr = 2 if BITS == 4 else 1
+    LANES: constexpr = DEPTH // 32 if BITS == 4 else DEPTH
     depth, count = sizes[0], sizes[1]
+    stride = depth // PACK
     number = tl.program_id(0)
-    n, k, rows = number * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH), tl.arange(0, ROWS)
+    n, k = number * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH // PACK)
     real = (n < count)[:, None]
-    first = _weights(weight, n, k, depth, real & (k < depth)[None, :])
+    first = _weights(weight, n, k, stride, real & (k < stride)[None, :])
     second = first
     if GATED:
-        second = _weights(weight + count.to(tl.int64) * depth, n, k, depth, real & (k < depth)[None, :])
+        second = _weights(weight, count + n, k, stride, real & (k < stride)[None, :])
     ahead(PDL)
-    made, extra = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    made, extra = tl.zeros([COLS, LANES], tl.float32), tl.zeros([COLS, LANES], tl.float32)
+    squares = tl.zeros([DEPTH // PACK], tl.float32)
     for start in range(0, depth, DEPTH):
-        for row in tl.static_range(ROWS):
-            own, given = _given(x + row * depth, gain, start + k, depth, NORM, OFFSET)
-            mine = rows == row
-            if NORM:
-                squares += tl.where(mine, tl.sum(own * own, 0), 0.0)
-            made += tl.where(mine[:, None], tl.sum(first.to(tl.float32) * given[None, :], 1)[None, :], 0.0)
-            if GATED:
-                extra += tl.where(mine[:, None], tl.sum(second.to(tl.float32) * given[None, :], 1)[None, :], 0.0)
-        if start + DEPTH < depth:
-            behind = start + DEPTH + k
-            first = _weights(weight, n, behind, depth, real & (behind < depth)[None, :])
-            if GATED:
-                second = _weights(weight + count.to(tl.int64) * depth, n, behind, depth, real & (behind < depth)[None, :])
-    if NORM:
-        factor = tl.rsqrt(squares / depth + sizes[4])[:, None]
-        made, extra = made * factor, extra * factor
-    if SCALED:
-        made *= tl.load(scales + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
+        if BITS == 4:
+            place = start + k // 16 * 32 + k % 16
+            more, late = _given(x, gain, place + 16, depth, NORM, OFFSET)
+            squares += more
+        else:
+            place = start + k
+            late = squares
+        more, early = _given(x, gain, place, depth, NORM, OFFSET)
+        squares += more
+        made = _fold(made, first, (early, late), scales, n, start, sizes, COLS, LANES, BITS)
         if GATED:
-            extra *= tl.load(scales + count + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
-    made = _end(made, extra, bias, out, rows[:, None], n[None, :], sizes, GATED, GELU, RESIDUAL, BIAS)
+            extra = _fold(extra, second, (early, late), scales, count + n, start, sizes, COLS, LANES, BITS)
+        if start + DEPTH < depth:
+            behind = (start + DEPTH) // PACK + k
+            first = _weights(weight, n, behind, stride, real & (behind < stride)[None, :])
+            if GATED:
+                second = _weights(weight, count + n, behind, stride, real & (behind < stride)[None, :])
+    made, extra = tl.sum(made, 1)[None, :], tl.sum(extra, 1)[None, :]
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / depth + sizes[4])
+        made, extra = made * factor, extra * factor
+    if BITS == 8:
+        made = _scaled(made, scales, n, n < count)
+        extra = _scaled(extra, scales, count + n, n < count) if GATED else extra
+    row = tl.zeros([1], tl.int32)
+    made = _end(made, extra, bias, out, row[:, None], n[None, :], 0, sizes, GATED, GELU, RESIDUAL, BIAS)
     if BEST:
-        _best(made, rows, n[None, :], best, number, sizes)
+        _best(made, row, n[None, :], best, number, sizes)
+
+
+@jit
+def _scaled(made: Value, scales: Value, n: Value, real: Value) -> Value:
+    return made * tl.load(scales + n, mask=real, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
+def _widened(
+    weight: Value, scales: Value, n: Value, start: Value, sizes: Value, COLS: constexpr, DEPTH: constexpr,
+    BITS: constexpr, TYPE: constexpr,
+) -> Value:  # fmt: skip
+    """Two factors for a matrix unit: the tile at `start` and nothing, or the early and the late half of int4 groups."""
+    depth, height = sizes[0], sizes[5]
+    real = (n < height)[:, None]
+    if BITS == 4:
+        GROUPS: constexpr = DEPTH // 32
+        k = start // 2 + tl.arange(0, DEPTH // 2)
+        low, high = _halves(_weights(weight, n, k, depth // 2, real & (k < depth // 2)[None, :]))
+        scale, centre = _grids(scales, n, start, depth, height, GROUPS)
+        low = tl.reshape(low, (COLS, GROUPS, 16)) * scale[:, :, None] + centre[:, :, None]
+        high = tl.reshape(high, (COLS, GROUPS, 16)) * scale[:, :, None] + centre[:, :, None]
+        return tl.reshape(low, (COLS, DEPTH // 2)).to(TYPE), tl.reshape(high, (COLS, DEPTH // 2)).to(TYPE)
+    k = start + tl.arange(0, DEPTH)
+    tile = _weights(weight, n, k, depth, real & (k < depth)[None, :])
+    if BITS == 8:
+        tile = _floats(tile, BITS).to(TYPE)
+    return tile, tile
+
+
+@jit
+def _inputs(x: Value, rows: Value, k: Value, depth: Value, TYPE: constexpr) -> Value:
+    places = x + rows[:, None] * depth + k[None, :]
+    return tl.load(places, mask=(k < depth)[None, :], other=0.0, eviction_policy="evict_last").to(TYPE)
+
+
+@jit
+def _times(weight: Value, given: Value, made: Value, TURNED: constexpr) -> Value:
+    if TURNED:
+        return tl.dot(weight, tl.trans(given), made, input_precision="ieee")
+    return tl.dot(given, tl.trans(weight), made, input_precision="ieee")
 
 
 @jit
 def wide(
-    x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
-    ROWS: constexpr, COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
-    RESIDUAL: constexpr, BIAS: constexpr, SCALED: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr,
-    TURNED: constexpr, STAGES: constexpr, TYPE: constexpr,
+    x: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value, ROWS: constexpr,
+    COLS: constexpr, DEPTH: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
+    BITS: constexpr, BEST: constexpr, PDL: constexpr, TURNED: constexpr, STAGES: constexpr, TYPE: constexpr,
 ) -> None:  # fmt: skip
-    """By matrix units; TURNED: the weight is their left, large operand. `sizes` as for `thin`."""
+    """ROWS rows of inputs that are normalised already, by matrix units. Programs: tiles of rows, of outputs, splits.
+
+    TURNED: the weight is the left, large operand. `sizes`: as for `thin`, then the depth of a split and the numbers of
+    a part of the result.
+    """
     depth, count = sizes[0], sizes[1]
-    number = tl.program_id(0)
-    n, k, rows = number * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH), tl.arange(0, ROWS)
-    real = (n < count)[:, None]
+    number, part = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = number * COLS + tl.arange(0, COLS)
     ahead(PDL)
     if TURNED:
         made, extra = tl.zeros([COLS, ROWS], tl.float32), tl.zeros([COLS, ROWS], tl.float32)
     else:
         made, extra = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
-    for start in tl.range(0, depth, DEPTH, num_stages=STAGES):
-        here = start + k
-        inside = real & (here < depth)[None, :]
-        first = _weights(weight, n, here, depth, inside).to(TYPE)
-        given = tl.load(x + rows[:, None] * depth + here[None, :], mask=(here < depth)[None, :], other=0.0)
-        if NORM:
-            given = given.to(tl.float32)
-            squares += tl.sum(given * given, 1)
-            given *= (tl.load(gain + here, mask=here < depth, other=0.0).to(tl.float32) + OFFSET)[None, :]
-        given = given.to(TYPE)
-        if TURNED:
-            made = tl.dot(first, tl.trans(given), made, input_precision="ieee")
+    low = part * sizes[6]
+    for start in tl.range(low, tl.minimum(low + sizes[6], depth), DEPTH, num_stages=STAGES):
+        early, late = _widened(weight, scales, n, start, sizes, COLS, DEPTH, BITS, TYPE)
+        if BITS == 4:
+            byte = tl.arange(0, DEPTH // 2)
+            k = start + byte // 16 * 32 + byte % 16
+            behind = _inputs(x, rows, k + 16, depth, TYPE)
+            made = _times(late, behind, made, TURNED)
         else:
-            made = tl.dot(given, tl.trans(first), made, input_precision="ieee")
+            k = start + tl.arange(0, DEPTH)
+        given = _inputs(x, rows, k, depth, TYPE)
+        made = _times(early, given, made, TURNED)
         if GATED:
-            second = _weights(weight + count.to(tl.int64) * depth, n, here, depth, inside).to(TYPE)
-            if TURNED:
-                extra = tl.dot(second, tl.trans(given), extra, input_precision="ieee")
-            else:
-                extra = tl.dot(given, tl.trans(second), extra, input_precision="ieee")
+            early, late = _widened(weight, scales, count + n, start, sizes, COLS, DEPTH, BITS, TYPE)
+            extra = _times(early, given, extra, TURNED)
+            if BITS == 4:
+                extra = _times(late, behind, extra, TURNED)
     if TURNED:
         made, extra = tl.trans(made), tl.trans(extra)
-    if NORM:
-        factor = tl.rsqrt(squares / depth + sizes[4])[:, None]
-        made, extra = made * factor, extra * factor
-    if SCALED:
-        made *= tl.load(scales + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            extra *= tl.load(scales + count + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
-    made = _end(made, extra, bias, out, rows[:, None], n[None, :], sizes, GATED, GELU, RESIDUAL, BIAS)
+    if BITS == 8:
+        made = _scaled(made, scales, n, n < count)
+        extra = _scaled(extra, scales, count + n, n < count) if GATED else extra
+    out += part * sizes[7]
+    made = _end(made, extra, bias, out, rows[:, None], n[None, :], part, sizes, GATED, GELU, RESIDUAL, BIAS)
     if BEST:
         _best(made, rows, n[None, :], best, number, sizes)

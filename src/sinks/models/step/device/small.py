@@ -37,18 +37,30 @@ def norm_heads(
 
 
 @jit
-def add_normed(
-    branch: Value, gain: Value, out: Value, sizes: Value, WIDTH: constexpr, OFFSET: constexpr, PDL: constexpr
-) -> None:
-    """out += RMSNorm(branch), rows of float32. `sizes`: width, epsilon."""
+def join(
+    parts: Value, after: Value, states: Value, before: Value, normed: Value, sizes: Value, PARTS: constexpr,
+    AFTER: constexpr, WIDTH: constexpr, OFFSET: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    """states += RMSNorm(sum of `parts`) (AFTER; else the sum itself), float32; `normed` = RMSNorm(states).
+
+    `sizes`: width, epsilon of either norm, numbers of a part.
+    """
     ahead(PDL)
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     inside, places = column < sizes[0], row * sizes[0] + column
-    own = tl.load(branch + places, mask=inside, other=0.0)
-    factor = tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[1])
-    weight = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
-    residual = tl.load(out + places, mask=inside, other=0.0)
-    tl.store(out + places, residual + own * factor * weight, mask=inside)
+    own = tl.load(states + places, mask=inside, other=0.0)
+    gain = tl.load(before + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if PARTS > 0:
+        total = tl.zeros([WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts + part * sizes[3] + places, mask=inside, other=0.0)
+        if AFTER:
+            weight = tl.load(after + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            total *= tl.rsqrt(tl.sum(total * total, 0) / sizes[0] + sizes[1]) * weight
+        own += total
+        tl.store(states + places, own, mask=inside)
+    made = own * tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[2]) * gain
+    tl.store(normed + places, made.to(normed.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -73,17 +85,3 @@ def choose(
     tl.store(greedy + row, found)
     tl.store(ids + row, found)
     tl.store(positions + row, tl.where(position < 0, position, position + 1))
-
-
-@jit
-def norm_rows(
-    given: Value, gain: Value, out: Value, sizes: Value, WIDTH: constexpr, OFFSET: constexpr, PDL: constexpr
-) -> None:
-    """RMSNorm of rows of float32, where many rows would make every program of a product repeat it. As `add_normed`."""
-    ahead(PDL)
-    row, column = tl.program_id(0), tl.arange(0, WIDTH)
-    inside, places = column < sizes[0], row * sizes[0] + column
-    own = tl.load(given + places, mask=inside, other=0.0)
-    factor = tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[1])
-    weight = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
-    tl.store(out + places, (own * factor * weight).to(out.dtype.element_ty), mask=inside)
