@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinks.models.families import describe
-from sinks.models.step.device.step import DeviceModel, DeviceStep
+from sinks.models.step.device.step import Chain, DeviceModel, DeviceStep
 from sinks.models.step.device.weights import DeviceWeights
 from sinks.models.step.slots import Seats
 
@@ -41,6 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+CHAINS = (Chain(0, False), Chain(1, False), Chain(2, False), Chain(1, True), Chain(2, True))
+
 
 def main() -> None:
     """Time every case and print a table."""
@@ -59,9 +61,9 @@ def main() -> None:
     for shape in given.shapes:
         model = build(shape)
         for count in given.rows:
-            for pdl in (False, True):
+            for chain in CHAINS:
                 try:
-                    rows.append({"model": shape} | measure(model, count, given.rounds, copies, pdl))
+                    rows.append({"model": shape} | measure(model, count, given.rounds, copies, chain))
                     print(rows[-1], flush=True)
                 except Exception:
                     traceback.print_exc(limit=-6)
@@ -91,11 +93,11 @@ def seats_of(model: Any, count: int) -> Seats:
     return Seats(rings, [(SINKS, WINDOW) for _ in layers], [rotary for _ in layers], 0)
 
 
-def measure(model: Any, rows: int, rounds: int, copies: float, pdl: bool) -> dict[str, Any]:
+def measure(model: Any, rows: int, rounds: int, copies: float, chain: Chain) -> dict[str, Any]:
     """Median microseconds of a step."""
     seats, began = seats_of(model, rows), time.perf_counter()
     made = DeviceModel(model)
-    step = DeviceStep(made.weights, seats, pdl)
+    step = DeviceStep(made.weights, seats, chain)
     times = {}
     for name, position in (("us", NEAR), ("us_far", FAR), ("us_again", NEAR)):
         step([1] * rows, list(range(rows)), [position] * rows)
@@ -103,7 +105,7 @@ def measure(model: Any, rows: int, rounds: int, copies: float, pdl: bool) -> dic
     read = weight_bytes(made.weights) + 2 * sum(ring.nbytes for pair in seats.rings for ring in pair) // 2
     ceiling = read / copies / 1e6
     return {
-        "rows": rows, "pdl": pdl, **{name: round(us, 1) for name, us in times.items()},
+        "rows": rows, "chain": [chain.products, chain.attention], **{name: round(us, 1) for name, us in times.items()},
         "tok_s": round(rows * 1e6 / times["us"]), "share": round(ceiling / times["us"], 3),
         "far_over_near": round(2 * times["us_far"] / (times["us"] + times["us_again"]), 4),
         "GB": round(read / 1e9, 3), "seconds": round(time.perf_counter() - began, 1),

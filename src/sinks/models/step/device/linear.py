@@ -17,7 +17,8 @@ class Tiles:
     """How a product is cut: outputs and depth of a tile, warps of a program.
 
     For more rows than one also: how many tiles are on their way, whether the weight is the matrix units' left operand,
-    among how many programs the depth is split, and how many rows a program takes at most.
+    among how many programs the depth is split, and how many rows a program takes at most. `fetch` bytes of a row of
+    the weight are asked for before the kernel ahead has finished.
     """
 
     cols: int
@@ -27,15 +28,16 @@ class Tiles:
     turned: bool = False
     splits: int = 1
     rows: int = 64
+    fetch: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
     """`weight` `[outputs, depth]`, twice as high with `gated`: gates first, then what they let through.
-    `dtype` is that of the factors of a matrix unit.
 
-    A weight is int8, int4 in pairs (uint8), or a number. `gain` and `epsilon` are those of the RMSNorm in front (`offset` is added to its weight), `scales` are one
-    number a row of an int8 weight, scale and centre of every group of int4; `residual` says that the result is added to what is there.
+    A weight is a number, int8, or int4 in pairs (uint8); `scales` are then one number a row, or scale and centre of
+    every group. `dtype` is that of a matrix unit's factors. `gain` and `epsilon` are those of the RMSNorm in front, to
+    whose weight `offset` is added. `splits`: the result may come in parts to be added up.
     """
 
     weight: Tensor
@@ -75,7 +77,7 @@ class Product:
 
     def one(
         self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool, best: tuple[Tensor, Tensor] | None,
-        pdl: bool,
+        pdl: int,
     ) -> None:  # fmt: skip
         """The first row of `given`, normalised here, into that of `out`, or added to it.
 
@@ -86,21 +88,22 @@ class Product:
             thin[(programs,)](
                 given, absent if self.gain is None else self.gain, *self._held(), out,
                 (absent, absent) if best is None else best,
-                (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)), NORM=self.gain is not None,
-                OFFSET=self.offset, **self._constants(tiles, residual, best is not None, pdl),
+                (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
+                NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth, **self._constants(tiles, residual, best is not None, pdl),
             )  # fmt: skip
 
     def many(
-        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: tuple[Tensor, Tensor] | None, pdl: bool
+        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: tuple[Tensor, Tensor] | None, pdl: int
     ) -> None:
         """The first `rows` of `given`, which the norm is behind, into those of `out`; with splits, [splits, rows]."""
         programs, absent = self.programs(tiles), self.weight
         taken = min(tiles.rows, max(16, power(rows)))  # a matrix unit takes 16 rows or more: the buffers have them
+        halves = 1 if self.bits == 4 else 2 * self.weight.element_size()
         deep = -(-self.depth // tiles.depth // tiles.splits) * tiles.depth
         with on(absent.device):
             wide[(-(-rows // taken), programs, tiles.splits)](
                 given, *self._held(), out, (absent, absent) if best is None else best,
-                (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs),
+                (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs, halves),
                 ROWS=taken, TURNED=tiles.turned, STAGES=tiles.stages, TYPE=_KINDS[self.dtype], num_stages=tiles.stages,
                 **self._constants(tiles, False, best is not None, pdl),
             )  # fmt: skip
@@ -108,10 +111,11 @@ class Product:
     def _held(self) -> list[Tensor]:
         return [self.weight if part is None else part for part in (self.weight, self.scales, self.bias)]
 
-    def _constants(self, tiles: Tiles, residual: bool, best: bool, pdl: bool) -> dict[str, Any]:
+    def _constants(self, tiles: Tiles, residual: bool, best: bool, pdl: int) -> dict[str, Any]:
         return {
             "COLS": tiles.cols, "DEPTH": tiles.depth, "GATED": self.gated, "GELU": self.gelu, "RESIDUAL": residual,
-            "BIAS": self.bias is not None, "BITS": self.bits, "BEST": best, "num_warps": tiles.warps, **chained(pdl),
+            "BIAS": self.bias is not None, "BITS": self.bits, "BEST": best, "num_warps": tiles.warps,
+            "FETCH": tiles.fetch if pdl else 0, **chained(pdl),
         }  # fmt: skip
 
 
@@ -123,9 +127,9 @@ def power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def chained(pdl: bool) -> dict[str, Any]:
+def chained(pdl: int) -> dict[str, Any]:
     """What launches a kernel before the one ahead has finished; it waits where it must (`ahead`)."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": 0}
 
 
 def tiles_for(product: Product, rows: int) -> Tiles:

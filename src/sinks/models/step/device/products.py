@@ -12,11 +12,30 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 
 @jit
+def begin(PDL: constexpr) -> None:
+    """The kernels behind may start as soon as all programs of this one have: they wait for its end themselves."""
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
 def ahead(PDL: constexpr) -> None:
-    """Wait for the kernels ahead; those behind may begin to fetch what depends on none of them."""
+    """Wait for the kernels ahead."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _fetch(weight: Value, n: Value, low: Value, stride: Value, height: Value, SPAN: constexpr) -> None:
+    """Have the second-level cache fetch SPAN bytes of every row `n` from byte `low` on, a line of 128 a thread."""
+    column = tl.minimum(low + tl.arange(0, SPAN // 128) * 128, stride - 1)
+    places = weight.to(tl.pointer_type(tl.int8)) + tl.minimum(n, height - 1).to(tl.int64)[:, None] * stride
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(places + column[None, :]).to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @jit
@@ -24,8 +43,10 @@ def bent(value: Value, GELU: constexpr) -> Value:
     """SiLU, or GELU in its form with tanh."""
     if GELU:
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-        return value * tl.sigmoid(2.0 * inner)  # (1 + tanh z) / 2 = sigmoid(2 z)
-    return value * tl.sigmoid(value)
+        made = value * tl.sigmoid(2.0 * inner)  # (1 + tanh z) / 2 = sigmoid(2 z)
+    else:
+        made = value * tl.sigmoid(value)
+    return made
 
 
 @jit
@@ -38,9 +59,10 @@ def _weights(weight: Value, n: Value, k: Value, depth: Value, inside: Value) -> 
 def _floats(tile: Value, BITS: constexpr) -> Value:
     """Bytes as float32 by way of the mantissa of 2^23: an ordinary conversion is four times slower."""
     if BITS == 8:
-        raised = (tile.to(tl.int32) + 128) | 0x4B000000
-        return raised.to(tl.float32, bitcast=True) - 8388736.0
-    return tile.to(tl.float32)
+        made = ((tile.to(tl.int32) + 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        made = tile.to(tl.float32)
+    return made
 
 
 @jit
@@ -56,8 +78,10 @@ def _given(x: Value, gain: Value, k: Value, depth: Value, NORM: constexpr, OFFSE
     """A row's inputs at `k`: their squares, and they times the norm's weight."""
     own = tl.load(x + k, mask=k < depth, other=0.0).to(tl.float32)
     if NORM:
-        return own * own, own * (tl.load(gain + k, mask=k < depth, other=0.0).to(tl.float32) + OFFSET)
-    return own, own
+        made = own * (tl.load(gain + k, mask=k < depth, other=0.0).to(tl.float32) + OFFSET)
+    else:
+        made = own
+    return own * own, made
 
 
 @jit
@@ -82,8 +106,10 @@ def _fold(
         parts = tl.sum(tl.reshape(low * early[None, :] + high * late[None, :], (COLS, GROUPS, 16)), 2)
         whole = tl.sum(tl.reshape(early + late, (GROUPS, 16)), 1)
         scale, centre = _grids(scales, n, start, sizes[0], sizes[5], GROUPS)
-        return made + parts * scale + centre * whole[None, :]
-    return made + _floats(tile, BITS) * given[0][None, :]
+        made += parts * scale + centre * whole[None, :]
+    else:
+        made += _floats(tile, BITS) * given[0][None, :]
+    return made
 
 
 @jit
@@ -125,17 +151,20 @@ def _scaled(made: Value, scales: Value, n: Value, real: Value) -> Value:
 def thin(
     x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
     COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr,
-    BIAS: constexpr, BITS: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr,
+    BIAS: constexpr, BITS: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr, FETCH: constexpr,
+    WHOLE: constexpr,
 ) -> None:  # fmt: skip
-    """One row, by multiply and add.
+    """One row, by multiply and add. WHOLE: a tile has the whole depth.
 
     `sizes`: depth, outputs, rows, programs, epsilon, rows of the weight. `BITS` 8: `scales` one number a row of the
     weight; 4: scale and centre of every 32 weights, two of which share a byte, 16 apart.
     """
     PACK: constexpr = 2 if BITS == 4 else 1
+    SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     LANES: constexpr = DEPTH // 32 if BITS == 4 else DEPTH
     depth, count = sizes[0], sizes[1]
     stride = depth // PACK
+    begin(PDL)
     number = tl.program_id(0)
     n, k = number * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH // PACK)
     real = (n < count)[:, None]
@@ -143,6 +172,8 @@ def thin(
     second = first
     if GATED:
         second = _weights(weight, count + n, k, stride, real & (k < stride)[None, :])
+    if FETCH:
+        _fetch(weight, n, DEPTH * SIZE // PACK, stride * SIZE, sizes[5], FETCH)
     ahead(PDL)
     made, extra = tl.zeros([COLS, LANES], tl.float32), tl.zeros([COLS, LANES], tl.float32)
     squares = tl.zeros([DEPTH // PACK], tl.float32)
@@ -153,13 +184,13 @@ def thin(
             squares += more
         else:
             place = start + k
-            late = squares
+            late = tl.zeros([DEPTH], tl.float32)
         more, early = _given(x, gain, place, depth, NORM, OFFSET)
         squares += more
         made = _fold(made, first, (early, late), scales, n, start, sizes, COLS, LANES, BITS)
         if GATED:
             extra = _fold(extra, second, (early, late), scales, count + n, start, sizes, COLS, LANES, BITS)
-        if start + DEPTH < depth:
+        if not WHOLE:
             behind = (start + DEPTH) // PACK + k
             first = _weights(weight, n, behind, stride, real & (behind < stride)[None, :])
             if GATED:
@@ -197,12 +228,16 @@ def _widened(
         scale, centre = _grids(scales, n, start, depth, height, GROUPS)
         low = tl.reshape(low, (COLS, GROUPS, 16)) * scale[:, :, None] + centre[:, :, None]
         high = tl.reshape(high, (COLS, GROUPS, 16)) * scale[:, :, None] + centre[:, :, None]
-        return tl.reshape(low, (COLS, DEPTH // 2)).to(TYPE), tl.reshape(high, (COLS, DEPTH // 2)).to(TYPE)
-    k = start + tl.arange(0, DEPTH)
-    tile = _weights(weight, n, k, depth, real & (k < depth)[None, :])
-    if BITS == 8:
-        tile = _floats(tile, BITS).to(TYPE)
-    return tile, tile
+        early, late = tl.reshape(low, (COLS, DEPTH // 2)).to(TYPE), tl.reshape(high, (COLS, DEPTH // 2)).to(TYPE)
+    elif BITS == 8:
+        k = start + tl.arange(0, DEPTH)
+        early = _floats(_weights(weight, n, k, depth, real & (k < depth)[None, :]), BITS).to(TYPE)
+        late = early
+    else:
+        k = start + tl.arange(0, DEPTH)
+        early = _weights(weight, n, k, depth, real & (k < depth)[None, :])
+        late = early
+    return early, late
 
 
 @jit
@@ -214,31 +249,39 @@ def _inputs(x: Value, rows: Value, k: Value, depth: Value, TYPE: constexpr) -> V
 @jit
 def _times(weight: Value, given: Value, made: Value, TURNED: constexpr) -> Value:
     if TURNED:
-        return tl.dot(weight, tl.trans(given), made, input_precision="ieee")
-    return tl.dot(given, tl.trans(weight), made, input_precision="ieee")
+        made = tl.dot(weight, tl.trans(given), made, input_precision="ieee")
+    else:
+        made = tl.dot(given, tl.trans(weight), made, input_precision="ieee")
+    return made
 
 
 @jit
 def wide(
     x: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value, ROWS: constexpr,
     COLS: constexpr, DEPTH: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
-    BITS: constexpr, BEST: constexpr, PDL: constexpr, TURNED: constexpr, STAGES: constexpr, TYPE: constexpr,
+    BITS: constexpr, BEST: constexpr, PDL: constexpr, FETCH: constexpr, TURNED: constexpr, STAGES: constexpr,
+    TYPE: constexpr,
 ) -> None:  # fmt: skip
     """ROWS rows of inputs that are normalised already, by matrix units. Programs: tiles of rows, of outputs, splits.
 
-    TURNED: the weight is the left, large operand. `sizes`: as for `thin`, then the depth of a split and the numbers of
-    a part of the result.
+    TURNED: the weight is the left, large operand. `sizes`: as for `thin`, then the depth of a split, the numbers of a
+    part of the result, half bytes of a weight.
     """
     depth, count = sizes[0], sizes[1]
+    begin(PDL)
     number, part = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = number * COLS + tl.arange(0, COLS)
+    low = part * sizes[6]
+    if FETCH:
+        _fetch(weight, n, low * sizes[8] // 2, depth * sizes[8] // 2, sizes[5], FETCH)
+        if GATED:
+            _fetch(weight, count + n, low * sizes[8] // 2, depth * sizes[8] // 2, sizes[5], FETCH)
     ahead(PDL)
     if TURNED:
         made, extra = tl.zeros([COLS, ROWS], tl.float32), tl.zeros([COLS, ROWS], tl.float32)
     else:
         made, extra = tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, COLS], tl.float32)
-    low = part * sizes[6]
     for start in tl.range(low, tl.minimum(low + sizes[6], depth), DEPTH, num_stages=STAGES):
         early, late = _widened(weight, scales, n, start, sizes, COLS, DEPTH, BITS, TYPE)
         if BITS == 4:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from sinks.kernels.device.language import Value, constexpr, jit, tl
-from sinks.models.step.device.products import ahead
+from sinks.models.step.device.products import ahead, begin
 
 
 @jit
 def embed(ids: Value, table: Value, out: Value, sizes: Value, WIDTH: constexpr, PDL: constexpr) -> None:
     """The embedding of each row's token, in float32. `sizes`: width, factor."""
+    begin(PDL)
     ahead(PDL)
     row = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -16,24 +17,6 @@ def embed(ids: Value, table: Value, out: Value, sizes: Value, WIDTH: constexpr, 
     token = tl.load(ids + row)
     own = tl.load(table + token * sizes[0] + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * sizes[0] + column, own * sizes[1], mask=inside)
-
-
-@jit
-def norm_heads(
-    heads: Value, gains: Value, sizes: Value, DIM: constexpr, PADDED: constexpr, OFFSET: constexpr, PDL: constexpr
-) -> None:
-    """RMSNorm of every query and key head of `heads` [rows, heads, DIM], in place. `sizes`: heads, queries, epsilon."""
-    ahead(PDL)
-    row, head, dims = tl.program_id(0), tl.program_id(1), tl.arange(0, PADDED)
-    inside = dims < DIM
-    places = heads + (row * sizes[0] + head) * DIM + dims
-    own = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    if head < sizes[1]:
-        gain = tl.load(gains[0] + dims, mask=inside, other=0.0).to(tl.float32)
-    else:
-        gain = tl.load(gains[1] + dims, mask=inside, other=0.0).to(tl.float32)
-    made = own * tl.rsqrt(tl.sum(own * own, 0) / DIM + sizes[2]) * (gain + OFFSET)
-    tl.store(places, made.to(heads.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -45,6 +28,7 @@ def join(
 
     `sizes`: width, epsilon of either norm, numbers of a part.
     """
+    begin(PDL)
     ahead(PDL)
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     inside, places = column < sizes[0], row * sizes[0] + column
@@ -68,6 +52,7 @@ def choose(
     best: Value, ids: Value, positions: Value, greedy: Value, programs: Value, WIDTH: constexpr, PDL: constexpr
 ) -> None:
     """The likeliest token of each row, the first of equals: kept, and fed back, one position on."""
+    begin(PDL)
     ahead(PDL)
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     most = tl.zeros([WIDTH], tl.float32) - float("inf")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
-from sinks.models.step.device.linear import Product, chained, power, tiles_for
-from sinks.models.step.device.small import choose, embed, join, norm_heads
+from sinks.kernels.device.step import HeadNorms
+from sinks.kernels.device.step.launch import choose_cut
+from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
+from sinks.models.step.device.small import choose, embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
 from sinks.models.step.slots import Seats
 
@@ -25,6 +27,17 @@ LEAST_ROWS = 16
 
 MOST_PARTS = 8
 """Parts that a product's result may come in."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Which kernels let those behind begin before they end: products (1: after waiting, 2: at once), attention."""
+
+    products: int
+    attention: bool
+
+
+CHAINED = Chain(1, False)
 
 
 class DeviceModel:
@@ -69,13 +82,16 @@ class DeviceStep:
     Under Triton's interpreter the same kernels run one by one.
     """
 
-    def __init__(self, weights: DeviceWeights, seats: Seats, pdl: bool = False) -> None:
-        self.weights = weights
+    def __init__(
+        self, weights: DeviceWeights, seats: Seats, chain: Chain = CHAINED,
+        tiles: Callable[[Product, int], Tiles] = tiles_for,
+    ) -> None:  # fmt: skip
+        self.weights, self.tiles_for = weights, tiles
         self.rings, self.sizes, self.rotaries, self.start = seats.rings, seats.sizes, seats.rotaries, seats.start
         self.seats = len(seats.rings[0][0])
         self.device = weights.embed.device
         self.buffers = _Buffers(weights, power(self.seats), self.device)
-        self.pdl = pdl and self.device.type == "cuda"
+        self.chain = chain if self.device.type == "cuda" else Chain(0, False)
         self.captures = 0
         self._programs: dict[int, _Program] = {}
         self._pool: Any = None
@@ -135,29 +151,35 @@ class _Program:
         self.control[2] = -1
         self.graph: Any = None
         weights = step.weights
-        programs = weights.head.programs(tiles_for(weights.head, rows))
+        programs = weights.head.programs(step.tiles_for(weights.head, rows))
         self.best = (
             torch.zeros(rows, programs, device=step.device),
             torch.zeros(rows, programs, dtype=torch.int32, device=step.device),
         )
-        self.attend = self._attends(step)
+        self.attend, self.tables = self._attends(step)
 
-    def _attends(self, step: DeviceStep) -> list[Step]:
-        """One for all layers alike: they take turns."""
-        made: dict[Any, Step] = {}
-        query = step.buffers.heads[: self.rows, : step.weights.heads[0]]
-        found = []
-        for block, ring, size, rotary in zip(
-            step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True
-        ):
-            key = (size, id(rotary), block.scale)
-            if key not in made:
-                made[key] = Step.prepare(
-                    query, ring[0], sinks=size[0], window=size[1], scoring=Scoring(block.scale, rotary),
-                    start=step.start,
+    def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
+        """How each layer attends; layers that turn alike share cosines and sines, and take turns with one memory."""
+        shared: dict[Any, tuple[Step, Tensor]] = {}
+        found, (queries, keys), dim = [], step.weights.heads, step.weights.head_dim
+        query = step.buffers.heads[: self.rows, :queries]
+        layers = zip(step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True)
+        for block, ring, (sinks, window), rotary in layers:
+            key = (sinks, window, id(rotary))
+            if key not in shared:
+                cut = choose_cut(self.rows, queries, keys, dim, sinks + window)
+                made = Step.prepare(
+                    query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
+                    window=window, scoring=Scoring(block.scale, rotary), start=step.start, cut=replace(cut, overlap=step.chain.attention),
                 )  # fmt: skip
-            found.append(made[key])
-        return found
+                shared[key] = made, made.tables(self.control[2])
+            made, tables = shared[key]
+            norms = None
+            if block.head_norms is not None:
+                first, second = block.head_norms
+                norms = HeadNorms(first.gain, second.gain, first.epsilon, first.offset == 1)
+            found.append((replace(made, scoring=Scoring(block.scale, rotary), norms=norms), tables))
+        return found, list(shared.values())
 
     def place(self, ids: Sequence[int] | Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Put what the host says where the kernels look."""
@@ -198,12 +220,14 @@ class _Program:
             embed[(rows, -(-width // 1024))](
                 ids, weights.embed, buffers.states, (width, weights.factor), WIDTH=1024, PDL=False
             )
+            for made, tables in self.tables:
+                made.tables(positions, tables)
             for layer, block in enumerate(weights.blocks):
                 self._block(layer, block)
             self._after_norm(weights.head, buffers.logits, self.best)
             choose[(rows,)](
                 self.best, ids, positions, buffers.greedy, self.best[0].shape[1], WIDTH=1024, num_warps=8,
-                **chained(step.pdl),
+                **chained(step.chain.products),
             )  # fmt: skip
 
     def _block(self, layer: int, block: DeviceBlock) -> None:
@@ -211,18 +235,13 @@ class _Program:
         buffers, rows, (queries, keys) = step.buffers, self.rows, step.weights.heads
         self._after_norm(block.qkv, buffers.heads)
         heads = buffers.heads[:rows]
-        if block.head_norms is not None:
-            dim = step.weights.head_dim
-            first, second = block.head_norms
-            norm_heads[(rows, queries + keys)](
-                heads, (first.gain, second.gain), (queries + 2 * keys, queries, first.epsilon), DIM=dim,
-                PADDED=power(dim), OFFSET=first.offset, num_warps=1, **chained(step.pdl),
-            )  # fmt: skip
         query, key, value = heads.split((queries, keys, keys), dim=1)
+        (attend, tables), ring = self.attend[layer], step.rings[layer]
+        half = len(ring) // 2
+        held = ring if half == 1 else (ring[:half], ring[half:])
         attend_step(
-            self.attend[layer], query, key, value, *step.rings[layer], self.control[2], self.control[1],
-            buffers.seen[:rows],
-        )  # fmt: skip
+            attend, query, key, value, *held, self.control[2], self.control[1], buffers.seen[:rows], tables
+        )
         self._branch(block.out, buffers.seen, block.after_attention)
         self._after_norm(block.gate_up, buffers.inner)
         self._branch(block.down, buffers.inner, block.after_mlp)
@@ -230,34 +249,34 @@ class _Program:
     def _branch(self, product: Product, given: Tensor, after: Norm | None) -> None:
         """What goes to the residual: at once, or in parts that the next norm adds up."""
         step: Any = self.step
-        tiles = tiles_for(product, self.rows)
+        tiles = step.tiles_for(product, self.rows)
         if self.rows == 1 and after is None:
-            product.one(given, step.buffers.states, tiles, residual=True, best=None, pdl=step.pdl)
+            product.one(given, step.buffers.states, tiles, residual=True, best=None, pdl=step.chain.products)
             return
         if self.rows == 1:
-            product.one(given, step.buffers.branch, tiles, residual=False, best=None, pdl=step.pdl)
+            product.one(given, step.buffers.branch, tiles, residual=False, best=None, pdl=step.chain.products)
         else:
-            product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.pdl)
+            product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.chain.products)
         self.pending = (1 if self.rows == 1 else tiles.splits, after)
 
     def _after_norm(self, product: Product, out: Tensor, best: tuple[Tensor, Tensor] | None = None) -> None:
         """The product of the normalised residual, to which what is pending has been added."""
         step: Any = self.step
-        buffers, tiles = step.buffers, tiles_for(product, self.rows)
+        buffers, tiles = step.buffers, step.tiles_for(product, self.rows)
         parts, after = self.pending
         if self.rows == 1 and parts == 0:
-            product.one(buffers.states, out, tiles, residual=False, best=best, pdl=step.pdl)
+            product.one(buffers.states, out, tiles, residual=False, best=best, pdl=step.chain.products)
             return
         width = product.depth
         gain = product.gain
         join[(self.rows,)](
             buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
-            (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width), PARTS=parts,
-            AFTER=after is not None, WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.pdl),
+            (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width),
+            PARTS=parts, AFTER=after is not None, WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
         )  # fmt: skip
         self.pending = (0, None)
         if self.rows == 1:
             bare = replace(product, gain=None)
-            bare.one(buffers.normed, out, tiles, residual=False, best=best, pdl=step.pdl)
+            bare.one(buffers.normed, out, tiles, residual=False, best=best, pdl=step.chain.products)
         else:
-            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=step.pdl)
+            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=step.chain.products)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sinks.errors import UnsupportedModel, UnsupportedOption
 from sinks.kernels.device.language import need_triton
-from sinks.kernels.device.step import HEAD_DIMS
+from sinks.kernels.device.step.launch import HEAD_DIMS
 from sinks.models.families import base_of
 from sinks.models.step.blocks import activation_of, why_not
 from sinks.models.step.device.linear import Product
