@@ -16,7 +16,6 @@ from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
 from sinks.kernels.device.step import HeadNorms
-from sinks.kernels.device.step.launch import choose_cut
 from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
 from sinks.models.step.device.small import choose, embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
@@ -159,18 +158,16 @@ class _Program:
     def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
         """How each layer attends; layers that turn alike share cosines and sines, and take turns with one memory."""
         shared: dict[Any, tuple[Step, Tensor]] = {}
-        found, (queries, keys), dim = [], step.weights.heads, step.weights.head_dim
-        query = step.buffers.heads[: self.rows, :queries]
+        found, query = [], step.buffers.heads[: self.rows, : step.weights.heads[0]]
         layers = zip(step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True)
         for block, ring, (sinks, window), rotary in layers:
             key = (sinks, window, id(rotary))
             if key not in shared:
-                cut = choose_cut(self.rows, queries, keys, dim, sinks + window)
                 made = Step.prepare(
                     query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
                     window=window, scoring=Scoring(block.scale, rotary), start=step.start,
-                    cut=replace(cut, overlap=step.chain.attention),
                 )  # fmt: skip
+                made = replace(made, cut=replace(made.cut, overlap=step.chain.attention))
                 shared[key] = made, made.tables(self.control[2])
             made, tables = shared[key]
             norms = None
