@@ -232,11 +232,12 @@ class _Program:
         heads = buffers.heads[:rows]
         query, key, value = heads.split((queries, keys, keys), dim=1)
         (attend, tables), ring = self.attend[layer], step.rings[layer]
-        half = len(ring) // 2
-        held = ring if half == 1 else (ring[:half], ring[half:])
-        attend_step(
-            attend, query, key, value, *held, self.control[2], self.control[1], buffers.seen[:rows], tables
-        )
+        places = self.control[2], self.control[1], buffers.seen[:rows], tables
+        if len(ring) == 2:
+            attend_step(attend, query, key, value, ring[0], ring[1], *places)
+        else:
+            attend_step(attend, query, key, value, (ring[0], ring[1], ring[2]), (ring[3], ring[4], ring[5]), *places)
+
         self._branch(block.out, buffers.seen, block.after_attention)
         self._after_norm(block.gate_up, buffers.inner)
         self._branch(block.down, buffers.inner, block.after_mlp)
