@@ -71,7 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     for case in given.cases:
         shape, rows, quant = (*case.split(":"), "none")[:3]
-        model = quantize(build(shape), quant)  # type: ignore[arg-type]
+        model = quantize(build(shape), quant)
         print(case, flush=True)
         if given.warm:
             warm(parts(DeviceModel(model).weights), (shape, int(rows), quant))

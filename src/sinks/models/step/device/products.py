@@ -175,8 +175,8 @@ def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: 
 def thin(
     x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, following: Value,
     sizes: Value, COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
-    RESIDUAL: constexpr, BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr, FETCH: constexpr,
-    WHOLE: constexpr,
+    RESIDUAL: constexpr, BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr,
+    FETCH: constexpr, WHOLE: constexpr,
 ) -> None:  # fmt: skip
     """One row, by multiply and add. WHOLE: a tile has the whole depth.
 
