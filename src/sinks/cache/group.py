@@ -19,6 +19,7 @@ from sinks.cache.cache import SinkCache
 from sinks.cache.rings.ring import turn
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.lens import Lens
+from sinks.models.step.slots import Seating
 
 
 class Group(Cache):
@@ -79,6 +80,19 @@ class Group(Cache):
             if self.idle:
                 parts.append(parts[0].new_zeros(self.idle, *parts[0].shape[1:]))
             return torch.cat(parts)
+
+    def step_seats(self) -> Seating | None:
+        """The seats of the pass now open, where all caches sit in one pool; idle rows have position -1."""
+        if self._arrival is None:
+            return None
+        opened = [cache.step_seats() for cache in self.caches]
+        rows, seats = list[int](), None if opened[0] is None else opened[0].seats
+        for cache, seating in zip(self.caches, opened, strict=True):
+            if cache.seat is None or seating is None or seating.seats is not seats:
+                return None
+            rows.append(cache.seat.number)
+        positions = [sum(cache.seen) for cache in self.caches]
+        return None if seats is None else Seating(seats, rows + [rows[0]] * self.idle, positions + [-1] * self.idle)
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, take every row back to before it."""

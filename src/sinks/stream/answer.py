@@ -56,15 +56,19 @@ class Answer:
         The token belongs to the stream whatever it is: also one that ends the answer, or that completes a stop string.
         """
         token = self.sampler.choose(logits, history.last(self.sampler.sampling.lookback))
+        return token, self.accept(token, history)
+
+    def accept(self, token: int, history: History) -> str:
+        """The text that can be said with this token, which was chosen to stand behind `history`; see `take`."""
         if self.left is not None:
             self.left -= 1
         if token in self.ends:
             self.finish = "end"
-            return token, self.pieces.finish(broken=True)
+            return self.pieces.finish(broken=True)
         piece = self.pieces.push(token, history.newest)
         if self.pieces.stopped:
             self.finish = "stop"
         elif self.left == 0:
             self.finish = "length"
             piece += self.pieces.finish()
-        return token, piece
+        return piece

@@ -94,12 +94,33 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken of the logits as they are."""
+        return self.greedy and not self.logit_bias and not self.lookback
+
+    @property
     def lookback(self) -> int:
         """How many tokens of history this sampling asks for."""
         return self.history if self.repetition_penalty != 1 or self.presence_penalty != 0 else 0
 
 
 GREEDY = Sampling()
+
+
+def no_choice(dtype: torch.dtype) -> UnsupportedOption:
+    """What is raised where the best of all logits is not finite."""
+    return UnsupportedOption(
+        f"no token is left to choose: the logits are not finite in {dtype}, or logit_bias forbids them all; load the "
+        "model as float32, or forbid less"
+    )
+
+
+def likeliest(rows: Sequence[Float[Tensor, " vocab"]]) -> list[int | None]:
+    """The token that each row of logits likes best, None where that is not finite; the device is asked once."""
+    values, tokens = torch.stack(list(rows)).max(dim=-1)
+    told = torch.stack((tokens.double(), values.double())).cpu()
+    finite = told[1].isfinite().tolist()
+    return [int(token) if sound else None for token, sound in zip(told[0].tolist(), finite, strict=True)]
 
 
 class Sampler:
@@ -126,10 +147,7 @@ class Sampler:
         scores = self.penalised(logits if logits.dtype == torch.float64 else logits.float(), history)
         best = scores.argmax()
         if not math.isfinite(float(scores[best])):
-            raise UnsupportedOption(
-                f"no token is left to choose: the logits are not finite in {logits.dtype}, or logit_bias forbids them "
-                "all; load the model as float32, or forbid less"
-            )
+            raise no_choice(logits.dtype)
         if self.sampling.greedy:
             return int(best)
         probabilities = self.filtered(scores).softmax(dim=-1).cpu()

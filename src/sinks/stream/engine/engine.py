@@ -11,11 +11,12 @@ from typing import Any
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
-from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
+from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull, SinksError
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
+from sinks.stream.engine.batch import choose_together, read_newest
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
-from sinks.stream.engine.row import Given, Ground, Row, read_newest
+from sinks.stream.engine.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler, Turn
 from sinks.stream.engine.worker import Worker
 from sinks.stream.pieces import check_stops
@@ -49,13 +50,14 @@ class Engine:
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
-        self._scheduler = Scheduler(slots, queue, chunk)
         attach(loaded.model)
-        self._ground = Ground(loaded, Plan(sinks, window), cache)
-        self._ground.empty_cache()  # refuses now what would be refused later
+        Scheduler(slots, queue, chunk)  # refuses sizes before memory is claimed for them
+        self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
+        self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
         self._size = slots if steady else 0
         self._requests: dict[int, Request] = {}
         self._streams: dict[int, Stream] = {}
+        self._leavers: list[Row] = []  # they stand up between two steps: nobody may be seated under a running one
         self._numbers = 0
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists above; never held during a pass
@@ -170,6 +172,7 @@ class Engine:
     def _schedule(self) -> Turn:
         with self._lock:
             admitted = [self._requests[number] for number in self._scheduler.admit()]
+        self._make_room()
         for request in admitted:
             self._begin(request)
         with self._lock:
@@ -179,9 +182,8 @@ class Engine:
         """An admitted request: its stream gets a row, and what is to be read is known."""
         stream = request.stream
         try:
-            row = stream.row
-            if row is None:
-                row = Row(self._ground) if stream.source is None else Row.load(self._ground, stream.source)
+            row = stream.row or self._ground.take_up(stream.source)
+            row.sit()
             request.prepare(row)
         except Exception as error:
             self._fail(request, error)
@@ -190,6 +192,7 @@ class Engine:
             return
         with self._lock:
             if request.finish is not None and stream.once:
+                row.stand_up()
                 return  # cancelled a moment ago, and its slot is free already
             stream.row, stream.source = row, None
             self._streams[stream.number] = stream
@@ -223,8 +226,9 @@ class Engine:
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
-        for request, row in rows.items():
-            self._choose(request, row)
+        writing = {request: (row, request.answer) for request, row in rows.items() if request.answer}
+        for request, token in zip(writing, choose_together(list(writing.values())), strict=True):
+            self._choose(request, rows[request], token)
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -249,12 +253,14 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row) -> None:
+    def _choose(self, request: Request, row: Row, token: int | SinksError | None) -> None:
         """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
         if request.finish is not None or request.answer is None:
             return
         try:
-            piece = row.take(request.answer)
+            if isinstance(token, SinksError):
+                raise token
+            piece = row.take(request.answer, token)
         except Exception as error:
             self._fail(request, error)
             return
@@ -287,7 +293,9 @@ class Engine:
         """Free a stream's slot and its memory."""
         with self._lock:
             self._scheduler.leave(stream.number)
-            stream.row = None
+            row, stream.row = stream.row, None
+            if row is not None:
+                self._leavers.append(row)
             self._streams.pop(stream.number, None)
         self.wake()
 
@@ -305,12 +313,37 @@ class Engine:
         """No step runs inside."""
         return self._stepping
 
+    def _make_room(self) -> None:
+        """Between two steps: whose stream is over stands up, and who lost the slot goes on on the host."""
+        with self._lock:
+            parting = [self._streams[number] for number in self._scheduler.parting if number in self._streams]
+        for stream in parting:
+            try:
+                self._put_away(stream)
+            except Exception as error:
+                stream.gone = EngineError(f"this stream could not be put away ({type(error).__name__}: {error})")
+                self.dismiss(stream)
+        with self._lock:
+            leavers, self._leavers = self._leavers, []
+        for row in leavers:
+            row.stand_up()
+
+    def _put_away(self, stream: Stream) -> None:
+        """Take a stream at rest to memory of the host."""
+        row = self.row_of(stream)
+        row.away()
+        with self._lock:
+            stream.row, stream.source = None, row
+            self.release(stream)
+            self._scheduler.parted(stream.number)
+
     def row_of(self, stream: Stream) -> Row:
-        """The row of a stream that has one. Raises EngineError."""
+        """The row of a stream that is in memory. Raises EngineError."""
         self._check_open(stream)
-        if stream.row is None:
+        row = stream.moment
+        if row is None:
             raise EngineError("this stream holds no slot: it is parked, or nothing was read yet; submit a request")
-        return stream.row
+        return row
 
     @contextmanager
     def reserved(self, stream: Stream) -> Iterator[Row]:
@@ -336,11 +369,17 @@ class Engine:
         """A stream with this row, in a free slot. Raises QueueFull."""
         with self._lock:
             self._check_open(None)
-            if self.held >= self._scheduler.slots:
-                raise QueueFull(f"all {self.held} slots are taken: park a stream, or let one leave")
             stream = Stream(self, self._number())
+            if not self._scheduler.hold(stream.number):
+                raise QueueFull(f"all {self.held} slots are taken: park a stream, or let one leave")
+        try:
+            self._make_room()
+            row.sit()
+        except BaseException:
+            self.release(stream)
+            raise
+        with self._lock:
             stream.row, stream.begun = row, True
-            self._scheduler.held.add(stream.number)
             self._streams[stream.number] = stream
         return stream
 

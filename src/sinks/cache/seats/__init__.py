@@ -1,0 +1,1 @@
+"""Rings at addresses that never change: what a captured step works on."""
