@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
@@ -157,7 +156,7 @@ class Engine:
 
     def step(self) -> bool:
         """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
-        with self._stepping:
+        with self.between_steps():
             turn = self._schedule()
             for number, count in turn.reads:
                 self._read(number, count)
@@ -309,9 +308,14 @@ class Engine:
 
     # For streams
 
-    def between_steps(self) -> AbstractContextManager[Any]:
-        """No step runs inside."""
-        return self._stepping
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """No step runs inside, and afterwards the seats of those who left are free."""
+        with self._stepping:
+            try:
+                yield
+            finally:
+                self._clear()
 
     def _make_room(self) -> None:
         """Between two steps: whose stream is over stands up, and who lost the slot goes on on the host."""
@@ -323,6 +327,9 @@ class Engine:
             except Exception as error:
                 stream.gone = EngineError(f"this stream could not be put away ({type(error).__name__}: {error})")
                 self.dismiss(stream)
+        self._clear()
+
+    def _clear(self) -> None:
         with self._lock:
             leavers, self._leavers = self._leavers, []
         for row in leavers:
@@ -431,7 +438,7 @@ class Engine:
         with self._lock:
             self._closed = self._closed or why
         self._worker.end()
-        with self._stepping, self._lock:
+        with self.between_steps(), self._lock:
             for request in list(self._requests.values()):
                 self._end(request, "failed", why)
             for stream in list(self._streams.values()):
