@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
-from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull, SinksError
+from sinks.errors import BrokenCache, EngineClosed, EngineError, SinksError
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
 from sinks.stream.engine.batch import choose_together, read_newest
+from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler, Turn
@@ -55,12 +56,10 @@ class Engine:
         self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
         self._size = slots if steady else 0
         self._requests: dict[int, Request] = {}
-        self._streams: dict[int, Stream] = {}
-        self._leavers: list[Row] = []  # they stand up between two steps: nobody may be seated under a running one
         self._numbers = 0
         self._closed: EngineClosed | None = None
-        self._lock = threading.RLock()  # the scheduler and the lists above; never held during a pass
-        self._stepping = threading.RLock()  # the rows; held during a step, and always taken before the other
+        self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
+        self._places = Places(self._scheduler, self._lock, self._lose)
         self._worker = Worker(self.step, self._on_fault)
 
     # What is asked of it, from any thread
@@ -148,9 +147,7 @@ class Engine:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in all slots."""
-        with self._lock:
-            rows = [stream.row for stream in self._streams.values()]
-        return sum(row.cache.nbytes for row in rows if row is not None)
+        return sum(row.cache.nbytes for row in self._places.rows())
 
     # One step
 
@@ -171,7 +168,7 @@ class Engine:
     def _schedule(self) -> Turn:
         with self._lock:
             admitted = [self._requests[number] for number in self._scheduler.admit()]
-        self._make_room()
+        self._places.make_room()
         for request in admitted:
             self._begin(request)
         with self._lock:
@@ -193,8 +190,7 @@ class Engine:
             if request.finish is not None and stream.once:
                 row.stand_up()
                 return  # cancelled a moment ago, and its slot is free already
-            stream.row, stream.source = row, None
-            self._streams[stream.number] = stream
+            self._places.seat(stream, row)
             if request.finish is None:
                 self._scheduler.begin(request.number, len(request.ids))
 
@@ -290,12 +286,7 @@ class Engine:
 
     def release(self, stream: Stream) -> None:
         """Free a stream's slot and its memory."""
-        with self._lock:
-            self._scheduler.leave(stream.number)
-            row, stream.row = stream.row, None
-            if row is not None:
-                self._leavers.append(row)
-            self._streams.pop(stream.number, None)
+        self._places.release(stream)
         self.wake()
 
     def dismiss(self, stream: Stream) -> None:
@@ -306,43 +297,15 @@ class Engine:
                 self._end(request, "cancelled")
             self.release(stream)
 
+    def _lose(self, stream: Stream, error: Exception) -> None:
+        stream.gone = EngineError(f"this stream could not be put away ({type(error).__name__}: {error}): join() again")
+        self.dismiss(stream)
+
     # For streams
 
-    @contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """No step runs inside, and afterwards the seats of those who left are free."""
-        with self._stepping:
-            try:
-                yield
-            finally:
-                self._clear()
-
-    def _make_room(self) -> None:
-        """Between two steps: whose stream is over stands up, and who lost the slot goes on on the host."""
-        with self._lock:
-            parting = [self._streams[number] for number in self._scheduler.parting if number in self._streams]
-        for stream in parting:
-            try:
-                self._put_away(stream)
-            except Exception as error:
-                stream.gone = EngineError(f"this stream could not be put away ({type(error).__name__}: {error})")
-                self.dismiss(stream)
-        self._clear()
-
-    def _clear(self) -> None:
-        with self._lock:
-            leavers, self._leavers = self._leavers, []
-        for row in leavers:
-            row.stand_up()
-
-    def _put_away(self, stream: Stream) -> None:
-        """Take a stream at rest to memory of the host."""
-        row = self.row_of(stream)
-        row.away()
-        with self._lock:
-            stream.row, stream.source = None, row
-            self.release(stream)
-            self._scheduler.parted(stream.number)
+    def between_steps(self) -> AbstractContextManager[None]:
+        """No step runs inside, and afterwards the slots of those who left are free."""
+        return self._places.between_steps()
 
     def row_of(self, stream: Stream) -> Row:
         """The row of a stream that is in memory. Raises EngineError."""
@@ -377,17 +340,7 @@ class Engine:
         with self._lock:
             self._check_open(None)
             stream = Stream(self, self._number())
-            if not self._scheduler.hold(stream.number):
-                raise QueueFull(f"all {self.held} slots are taken: park a stream, or let one leave")
-        try:
-            self._make_room()
-            row.sit()
-        except BaseException:
-            self.release(stream)
-            raise
-        with self._lock:
-            stream.row, stream.begun = row, True
-            self._streams[stream.number] = stream
+        self._places.bring(stream, row)
         return stream
 
     def _check_open(self, stream: Stream | None) -> None:
@@ -441,8 +394,7 @@ class Engine:
         with self.between_steps(), self._lock:
             for request in list(self._requests.values()):
                 self._end(request, "failed", why)
-            for stream in list(self._streams.values()):
-                self.release(stream)
+            self._places.release_all()
 
     def __enter__(self) -> Engine:
         return self

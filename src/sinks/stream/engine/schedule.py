@@ -99,7 +99,7 @@ class Scheduler:
             self._rests[stream] = None
 
     def parted(self, stream: int) -> None:
-        """A stream of `parting` was put away."""
+        """A stream of `parting` was put away. It may hold another slot by now."""
         self.parting.pop(stream, None)
 
     def begin(self, request: int, tokens: int) -> None:
