@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sinks.cache.cache import SinkCache
 from sinks.cache.group import Group
-from sinks.cache.seats.pool import Pool
+from sinks.cache.pool import Pool
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
 from sinks.models.step.hasten import hasten, steps_of
@@ -174,7 +174,7 @@ def park(loaded: Loaded, read: int, times: int) -> dict[str, float]:
     engine = Engine(loaded, 1)
     stream = engine.join()
     out, back = list[float](), list[float]()
-    asked = list[float]()
+    asked, megabytes = list[float](), 0.0
     for _ in range(times):
         stream.submit([1] * read, max_tokens=1).text()
         began = time.perf_counter()
@@ -185,8 +185,8 @@ def park(loaded: Loaded, read: int, times: int) -> dict[str, float]:
         row = stream.moment
         assert row is not None
         back.append(timed(row.sit))
+        megabytes = row.cache.nbytes / 1e6
         row.away()
-    megabytes = Session(loaded)._cache.nbytes / 1e6
     engine.close()
     return {"out_ms": 1000 * statistics.median(out), "asked_ms": 1000 * statistics.median(asked),
             "back_ms": 1000 * statistics.median(back), "megabytes": megabytes}  # fmt: skip

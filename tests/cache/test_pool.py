@@ -9,7 +9,7 @@ import torch
 
 from sinks.cache.cache import KINDS, SinkCache
 from sinks.cache.group import Group
-from sinks.cache.seats.pool import Pool, away
+from sinks.cache.pool import Pool, away
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import CacheError, InvalidInput, UnsupportedOption
 from sinks.models.attach import attach

@@ -15,8 +15,8 @@ from sinks.cache.arrival import Arrival, Block
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.rings.quantized import QuantizedRing
 from sinks.cache.rings.ring import Ring
+from sinks.cache.rings.seats import Seat, laid_open, why_not_open
 from sinks.cache.rings.slots import open_slots
-from sinks.cache.seats.layout import Seat, laid_open, why_not_open
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Lens
 from sinks.kernels.phase import Rotary

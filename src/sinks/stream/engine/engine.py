@@ -329,7 +329,8 @@ class Engine:
             self._scheduler.reserve(number, stream.number)
         try:
             yield row
-            self.release(stream)
+            with self.between_steps():
+                self.release(stream)
         finally:
             with self._lock:
                 self._scheduler.finish(number)

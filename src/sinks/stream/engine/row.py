@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sinks.cache.cache import Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
 from sinks.cache.plan import Plan
-from sinks.cache.seats.pool import Pool, away
+from sinks.cache.pool import Pool, away
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, InvalidInput
 from sinks.models.families import base_of

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind, SinkCache
 from sinks.cache.plan import check_whole
-from sinks.cache.seats.layout import Seat, laid_open
+from sinks.cache.rings.seats import Seat, laid_open
 from sinks.errors import CacheError, InvalidInput
 from sinks.models.families import base_of
 from sinks.models.step.slots import Seats

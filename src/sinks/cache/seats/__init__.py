@@ -1,1 +1,0 @@
-"""Rings at addresses that never change: what a captured step works on."""
