@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -115,12 +116,27 @@ def no_choice(dtype: torch.dtype) -> UnsupportedOption:
     )
 
 
-def likeliest(rows: Sequence[Float[Tensor, " vocab"]]) -> list[int | None]:
-    """The token that each row of logits likes best, None where that is not finite; the device is asked once."""
-    values, tokens = torch.stack(list(rows)).max(dim=-1)
-    told = torch.stack((tokens.double(), values.double())).cpu()
-    finite = told[1].isfinite().tolist()
-    return [int(token) if sound else None for token, sound in zip(told[0].tolist(), finite, strict=True)]
+class Likeliest:
+    """The token that each row of logits likes best, found at once, and fetched from the device when one is asked for.
+
+    So a batch of greedy rows waits for a GPU once, and whoever does other work before asking does not wait for it.
+    """
+
+    def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
+        values, tokens = logits.max(dim=-1)
+        self._found = torch.stack((tokens.double(), values.double()))
+        self._dtype = logits.dtype
+
+    @cached_property
+    def _told(self) -> list[list[float]]:
+        return self._found.tolist()
+
+    def of(self, row: int) -> int:
+        """That of one row. Raises UnsupportedOption where its logits are not finite."""
+        token, value = (each[row] for each in self._told)
+        if not math.isfinite(value):
+            raise no_choice(self._dtype)
+        return int(token)
 
 
 class Sampler:

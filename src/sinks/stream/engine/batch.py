@@ -1,24 +1,23 @@
-"""What the rows of one step do together: the pass that reads their newest tokens, and the choice of the next ones."""
+"""The pass that reads the newest tokens of all rows of one step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sinks.cache.group import Group
-from sinks.errors import SinksError
-from sinks.stream.answer import Answer
 from sinks.stream.engine.row import Row
-from sinks.stream.sampling import likeliest, no_choice
+from sinks.stream.sampling import Likeliest
 
 
 @torch.inference_mode()
 def read_newest(rows: Sequence[Row], size: int) -> None:
     """Read the newest token of each row in one pass, of `size` rows if that is more; each row then has its logits.
 
-    If the model raises on the way, every row is as it was before.
+    A GPU has not computed them yet when this returns. If the model raises on the way, every row is as it was before.
     """
     model, newest = rows[0].ground.loaded.model, list[list[int]]()
     for row in rows:
@@ -33,20 +32,6 @@ def read_newest(rows: Sequence[Row], size: int) -> None:
     except BaseException:
         group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
         raise
-    for row, own in zip(rows, logits, strict=False):
-        row.logits = own
-
-
-def choose_together(writing: Sequence[tuple[Row, Answer]]) -> list[int | SinksError | None]:
-    """The next token of the answers that take the likeliest as it is, or why there is none; None for the others.
-
-    The device is waited for once, not once a row.
-    """
-    plain = [row.logits if answer.sampler.sampling.plain else None for row, answer in writing]
-    logits = [each for each in plain if each is not None]
-    told = iter(likeliest(logits) if logits else ())
-    found: list[int | SinksError | None] = []
-    for each in plain:
-        token = None if each is None else next(told)
-        found.append(no_choice(each.dtype) if each is not None and token is None else token)
-    return found
+    best = Likeliest(logits)
+    for number, (row, own) in enumerate(zip(rows, logits, strict=False)):
+        row.logits, row.best = own, partial(best.of, number)

@@ -10,10 +10,10 @@ from pathlib import Path
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
-from sinks.errors import BrokenCache, EngineClosed, EngineError, SinksError
+from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
-from sinks.stream.engine.batch import choose_together, read_newest
+from sinks.stream.engine.batch import read_newest
 from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
@@ -221,9 +221,8 @@ class Engine:
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
-        writing = {request: (row, request.answer) for request, row in rows.items() if request.answer}
-        for request, token in zip(writing, choose_together(list(writing.values())), strict=True):
-            self._choose(request, rows[request], token)
+        for request, row in rows.items():
+            self._choose(request, row)
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -248,14 +247,12 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row, token: int | SinksError | None) -> None:
+    def _choose(self, request: Request, row: Row) -> None:
         """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
         if request.finish is not None or request.answer is None:
             return
         try:
-            if isinstance(token, SinksError):
-                raise token
-            piece = row.take(request.answer, token)
+            piece = row.take(request.answer)
         except Exception as error:
             self._fail(request, error)
             return

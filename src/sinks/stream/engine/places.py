@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from sinks.errors import QueueFull
 from sinks.stream.engine.request import Stream
@@ -19,7 +20,9 @@ class Places:
     A stream that leaves while a step runs keeps its seat until that is over: nobody else may be seated under it.
     """
 
-    def __init__(self, scheduler: Scheduler, lock: threading.RLock, lost: Callable[[Stream, Exception], None]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, lock: AbstractContextManager[Any], lost: Callable[[Stream, Exception], None]
+    ) -> None:
         self._scheduler = scheduler
         self._lock = lock
         self._lost = lost

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from sinks.cache.plan import Plan
 from sinks.cache.pool import Pool, away
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, InvalidInput
+from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.tokens import given_ids
@@ -108,6 +109,7 @@ class Row:
         self.pieces = Pieces(ground.vocabulary)
         self.generator = torch.Generator().manual_seed(FIRST_SEED)
         self.logits: Tensor | None = None
+        self.best: Callable[[], int] | None = None  # the likeliest token, where it was found together with the logits
         self.in_dialogue = False  # a session's own: kept for the session that takes the stream up again
 
     @classmethod
@@ -173,13 +175,14 @@ class Row:
         twin.cache, twin.history, twin.pieces = self.cache.fork(), self.history.fork(), self.pieces.fork()
         twin.generator = self.generator.clone_state()
         twin.logits = None if self.logits is None else self.logits.clone()
+        twin.best = self.best
         twin.in_dialogue = self.in_dialogue
         return twin
 
     def save(self, path: str | Path) -> None:
         """Write this moment, in the format of `Session.save`."""
         self.check_moment()
-        no_logits = torch.zeros(self.ground.tokens, dtype=self.ground.loaded.model.dtype)
+        no_logits = torch.zeros(self.ground.tokens, dtype=table_dtype(self.ground.loaded.model.dtype))
         extras = pack(self.history, self.pieces, self.generator, self.logits, no_logits, self.in_dialogue)
         write_snapshot(path, self.cache, self.ground.fingerprint, extras)
 
@@ -192,7 +195,7 @@ class Row:
             model = self.ground.loaded.model
             given = torch.tensor([fed], device=model.device)
             base_of(model)(input_ids=given, past_key_values=self.cache, use_cache=True)
-        self.logits = None
+        self.logits = self.best = None
         self.history.extend(ids)
 
     def answer(self, sampling: Sampling, max_tokens: int | None, stop: Iterable[str]) -> Answer:
@@ -200,13 +203,14 @@ class Row:
         ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
         return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
-    def take(self, answer: Answer, token: int | None = None) -> str:
-        """Go on with this token, or with one chosen from the logits; returns the text that can be said with it."""
+    def take(self, answer: Answer) -> str:
+        """Choose the next token from the logits, which must be there; returns the text that can be said with it."""
         assert self.logits is not None
-        if token is None:
-            token, piece = answer.take(self.logits, self.history)
-        else:
+        if self.best is not None and answer.sampler.sampling.plain:
+            token = self.best()
             piece = answer.accept(token, self.history)
-        self.logits = None
+        else:
+            token, piece = answer.take(self.logits, self.history)
+        self.logits = self.best = None
         self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
         return piece
