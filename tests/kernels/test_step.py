@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from sinks.errors import InvalidInput, UnsupportedOption
-from sinks.kernels import Rotary, Scoring, Step, attend, attend_step
+from sinks.kernels import Cut, Rotary, Scoring, Step, attend, attend_step
 from sinks.kernels.phase import rotate
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 
@@ -27,7 +27,7 @@ class Stream:
     head_dim: int = 64
     logits: float | None = None
     ragged: bool = True
-    splits: int | None = None
+    cut: Cut | None = None
     dtype: torch.dtype = torch.float32
 
     def heads_of(self) -> list[Tensor]:
@@ -58,7 +58,7 @@ def play(stream: Stream) -> Tensor:
     values, positions, outs = keys.clone(), stream.positions(), []
     step = Step.prepare(
         query[:, :, 0], keys, sinks=stream.sinks, window=stream.window, scoring=stream.scoring(),
-        splits=stream.splits,
+        cut=stream.cut,
     )  # fmt: skip
     for column in range(stream.length):
         new = (part[:, :, column] for part in (query, key, value))
@@ -89,12 +89,12 @@ SMALL = [
     Stream(1, 1, 9),
     Stream(4, 7, 30, heads=(3, 1), head_dim=96),
     Stream(20, 9, 40, heads=(2, 2), head_dim=128, logits=5.0, ragged=False),
-    Stream(3, 150, 170, heads=(2, 1), splits=3, logits=-torch.inf),
-    Stream(3, 150, 160, heads=(2, 1), splits=2, ragged=False, dtype=torch.float16),
+    Stream(3, 150, 170, heads=(2, 1), cut=Cut(64, 3), logits=-torch.inf),
+    Stream(3, 150, 160, heads=(2, 1), cut=Cut(64, 2), ragged=False, dtype=torch.float16),
     Stream(2, 70, 80, heads=(1, 1), head_dim=256),
 ]
 LARGE = [
-    Stream(sinks, window, window + 200, heads, head_dim, logits, True, splits, dtype)
+    Stream(sinks, window, window + 200, heads, head_dim, logits, True, None if splits is None else Cut(32, splits), dtype)
     for index, (sinks, window) in enumerate([(0, 17), (1, 1), (4, 1020), (64, 300), (4, 124)])
     for head_dim in (64, 96, 128, 256)
     for heads, logits, splits, dtype in [
@@ -119,8 +119,8 @@ def test_every_step_equals_the_specification(stream: Stream) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])
 def test_any_number_of_splits_gives_one_answer(splits: int) -> None:
-    stream = Stream(4, 500, 12, heads=(2, 1), logits=1.0, splits=splits)
-    one = play(Stream(**{**vars(stream), "splits": 1}))
+    stream = Stream(4, 500, 12, heads=(2, 1), logits=1.0, cut=Cut(64, splits))
+    one = play(replace(stream, cut=Cut(64, 1)))
     assert (play(stream) - one).abs().max() < 1e-5
 
 
@@ -134,7 +134,7 @@ def test_statistics_are_those_of_the_weights(first: int) -> None:
     scoring = Scoring(0.125, Rotary((1.0 / 10000 ** (torch.arange(32) / 32)).double().to(DEVICE)), sink_logits=logits)
     keys = torch.zeros(1, 1, sinks + window, 64, device=DEVICE)
     values = torch.zeros_like(keys)
-    step = Step.prepare(query[:, :, 0], keys, sinks=sinks, window=window, scoring=scoring, first_keys=first, splits=1)
+    step = Step.prepare(query[:, :, 0], keys, sinks=sinks, window=window, scoring=scoring, first_keys=first, cut=Cut(64, 1))
     for now in range(length):
         slot = now if now < sinks else sinks + (now - sinks) % window
         value = torch.nn.functional.one_hot(torch.tensor([[slot]]), 64).float().to(DEVICE)
@@ -199,6 +199,22 @@ def test_one_graph_serves_every_position() -> None:
         graph.replay()
         outs.append(out.clone())
     assert (torch.stack(outs, dim=2).double().cpu() - expected(stream)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("start", [0, 3, 2**31, 2**40 + 7])
+def test_rows_sit_where_they_are_told_and_heads_may_lie_in_one_buffer(start: int) -> None:
+    """Rows on seats 3 and 0 of four, views of one buffer, phases from `start` on: the same as without all that."""
+    stream = Stream(4, 12, 40, logits=0.5)
+    query, key, value = stream.heads_of()
+    keys = torch.full((4, 2, 16, 64), torch.nan, device=DEVICE)
+    values, positions, plain = keys.clone(), stream.positions(), play(stream)
+    step = Step.prepare(query[:, :, 0], keys, sinks=4, window=12, scoring=stream.scoring(), start=start)
+    seats, out = torch.tensor([3, 0], device=DEVICE), torch.empty(2, 4, 64, device=DEVICE)
+    for column in range(stream.length):
+        new = torch.cat([part[:, :, column] for part in (query, key, value)], dim=1).split([4, 2, 2], dim=1)
+        given, _ = attend_step(step, *new, keys, values, positions[:, column].contiguous(), seats, out)
+        assert given is out and (out - plain[:, :, column]).abs().max() < 2e-5
+    assert keys[1:3].isnan().all() and values[1:3].isnan().all(), "nobody sat there"
 
 
 def test_what_the_step_cannot_do_is_named() -> None:

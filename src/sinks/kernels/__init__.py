@@ -2,7 +2,7 @@
 
 from sinks.kernels.api import attend, attend_measured, choose
 from sinks.kernels.device.forward import Statistics
-from sinks.kernels.device.step import Step, attend_step
+from sinks.kernels.device.step import Cut, HeadNorms, Step, attend_step
 from sinks.kernels.phase import Rotary
 from sinks.kernels.scoring import Scoring
 

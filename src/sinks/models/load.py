@@ -82,7 +82,7 @@ def load(
         device: where the model goes.
         trust_remote_code: run Python code that the model brings along. Never on by itself.
         accept_terms: the user has read and accepts the terms of a built-in model that has some.
-        quant: "int8" or "int4" rounds the linear weights (see `quantize`; CPU only) and, where the model is
+        quant: "int8" or "int4" rounds the linear weights (see `quantize`) and, where the model is
             Llama-shaped, hastens its decode steps (see `hasten`); `Source.note` says both. "none" leaves it alone.
         progress: told about downloaded bytes; None draws a bar when standard error is a terminal.
 

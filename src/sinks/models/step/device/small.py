@@ -1,0 +1,72 @@
+"""The short kernels of a step: token in, norms that no product can carry, token out."""
+
+from __future__ import annotations
+
+from sinks.kernels.device.language import Value, constexpr, jit, tl
+from sinks.models.step.device.products import ahead, begin
+
+
+@jit
+def embed(ids: Value, table: Value, out: Value, sizes: Value, WIDTH: constexpr, PDL: constexpr) -> None:
+    """The embedding of each row's token, in float32. `sizes`: width, factor."""
+    begin(PDL)
+    ahead(PDL)
+    row = tl.program_id(0)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < sizes[0]
+    token = tl.load(ids + row)
+    own = tl.load(table + token * sizes[0] + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * sizes[0] + column, own * sizes[1], mask=inside)
+
+
+@jit
+def join(
+    parts: Value, after: Value, states: Value, before: Value, normed: Value, sizes: Value, PARTS: constexpr,
+    AFTER: constexpr, WIDTH: constexpr, OFFSET: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    """states += RMSNorm(sum of `parts`) (AFTER; else the sum itself), float32; `normed` = RMSNorm(states).
+
+    `sizes`: width, epsilon of either norm, numbers of a part.
+    """
+    begin(PDL)
+    ahead(PDL)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    inside, places = column < sizes[0], row * sizes[0] + column
+    own = tl.load(states + places, mask=inside, other=0.0)
+    gain = tl.load(before + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if PARTS > 0:
+        total = tl.zeros([WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts + part * sizes[3] + places, mask=inside, other=0.0)
+        if AFTER:
+            weight = tl.load(after + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            total *= tl.rsqrt(tl.sum(total * total, 0) / sizes[0] + sizes[1]) * weight
+        own += total
+        tl.store(states + places, own, mask=inside)
+    made = own * tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[2]) * gain
+    tl.store(normed + places, made.to(normed.dtype.element_ty), mask=inside)
+
+
+@jit
+def choose(
+    best: Value, ids: Value, positions: Value, greedy: Value, programs: Value, WIDTH: constexpr, PDL: constexpr
+) -> None:
+    """The likeliest token of each row, the first of equals: kept, and fed back, one position on."""
+    begin(PDL)
+    ahead(PDL)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    most = tl.zeros([WIDTH], tl.float32) - float("inf")
+    token = tl.zeros([WIDTH], tl.int32) + 2147483647
+    for start in range(0, programs, WIDTH):
+        inside = start + column < programs
+        places = row * programs + start + column
+        value = tl.load(best[0] + places, mask=inside, other=float("-inf"))
+        place = tl.load(best[1] + places, mask=inside, other=2147483647)
+        token = tl.where(value > most, place, token)  # programs, and so places, go up
+        most = tl.maximum(most, value)
+    found = tl.min(tl.where(most == tl.max(most, 0), token, 2147483647), 0).to(tl.int64)
+    found = tl.where(found == 2147483647, 0, found)  # no number at all: the host sees it in the logits
+    position = tl.load(positions + row)
+    tl.store(greedy + row, found)
+    tl.store(ids + row, found)
+    tl.store(positions + row, tl.where(position < 0, position, position + 1))

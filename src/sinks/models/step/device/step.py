@@ -1,0 +1,282 @@
+"""A decode step of a whole model as one CUDA graph: from token to logits and to the next token, for rows in seats."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sinks.errors import InvalidInput
+from sinks.kernels import Scoring, Step, attend_step
+from sinks.kernels.device.language import on
+from sinks.kernels.device.step import HeadNorms
+from sinks.kernels.device.step.launch import choose_cut
+from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
+from sinks.models.step.device.small import choose, embed, join
+from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
+from sinks.models.step.slots import Seats
+
+LEAST_ROWS = 16
+"""Rows of a buffer, however few are used: what a matrix unit reads."""
+
+MOST_PARTS = 8
+"""Parts that a product's result may come in."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Which kernels let those behind begin before they end: products (1: after waiting, 2: at once), attention."""
+
+    products: int
+    attention: bool
+
+
+CHAINED = Chain(1, False)
+
+
+class DeviceModel:
+    """A model's weights as a step on a GPU reads them, in the model's own memory, and the steps made of them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModel, with the reason, where `why_no_device_step` has one."""
+        self.weights = device_weights(model)
+        self._steps: weakref.WeakKeyDictionary[Seats, DeviceStep] = weakref.WeakKeyDictionary()
+
+    def step(self, seats: Seats) -> DeviceStep:
+        """The step on these seats; made once, and let go with them."""
+        if seats not in self._steps:
+            self._steps[seats] = DeviceStep(self.weights, seats)
+        return self._steps[seats]
+
+
+class _Buffers:
+    """What kernels hand each other, for as many rows as there are seats."""
+
+    def __init__(self, weights: DeviceWeights, rows: int, device: torch.device) -> None:
+        (queries, keys), dim, first = weights.heads, weights.head_dim, weights.blocks[0]
+        rows = max(LEAST_ROWS, rows)
+        width, vocab = weights.embed.shape[1], weights.head.outputs
+
+        def room(*shape: int, dtype: torch.dtype = weights.dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        self.states = room(width, dtype=torch.float32)
+        self.branch = torch.zeros(MOST_PARTS, rows, width, device=device)
+        self.normed = room(width)
+        self.heads = room(queries + 2 * keys, dim)
+        self.seen = room(queries, dim)
+        self.inner = room(first.gate_up.outputs)
+        self.logits = room(vocab, dtype=torch.float32)
+        self.greedy = room(dtype=torch.int64)
+
+
+class DeviceStep:
+    """One token of some rows through the whole model; a graph for 1, 2, 4, ... rows, captured when first asked for.
+
+    Under Triton's interpreter the same kernels run one by one.
+    """
+
+    def __init__(
+        self, weights: DeviceWeights, seats: Seats, chain: Chain = CHAINED,
+        tiles: Callable[[Product, int], Tiles] = tiles_for,
+    ) -> None:  # fmt: skip
+        self.weights, self.tiles_for = weights, tiles
+        self.rings, self.sizes, self.rotaries, self.start = seats.rings, seats.sizes, seats.rotaries, seats.start
+        self.seats = len(seats.rings[0][0])
+        self.device = weights.embed.device
+        self.buffers = _Buffers(weights, power(self.seats), self.device)
+        self.chain = chain if self.device.type == "cuda" else Chain(0, False)
+        self.captures = 0
+        self._programs: dict[int, _Program] = {}
+        self._pool: Any = None
+        self._last: _Program | None = None
+
+    @property
+    def greedy(self) -> Tensor:
+        """The likeliest next token of every row of the last step, int64 on the device."""
+        return self.buffers.greedy
+
+    @torch.inference_mode()
+    def __call__(
+        self, ids: Sequence[int] | Tensor, rows: Sequence[int], positions: Sequence[int]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Feed token `ids[i]`, number `positions[i]` of its stream, to the stream in seat `rows[i]`; -1: to nobody.
+
+        The logits are valid until the next call. Raises InvalidInput for rows that do not fit together.
+        """
+        count = len(rows)
+        if not len(ids) == count == len(positions) or not 0 < count <= power(self.seats):
+            raise InvalidInput(
+                f"{len(ids)} tokens, {count} rows and {len(positions)} positions for {self.seats} seats: give one of "
+                "each a row, and no more rows than seats"
+            )
+        program = self._program(power(count))
+        program.place(ids, rows, positions)
+        program()
+        self._last = program
+        return self.buffers.logits[:count]
+
+    @torch.inference_mode()
+    def run(self, steps: int) -> None:
+        """That many steps more, each with the likeliest token of the one before, without asking the host."""
+        if self._last is None:
+            raise InvalidInput("run() goes on from a step, and there was none")
+        for _ in range(steps):
+            self._last()
+
+    def _program(self, bucket: int) -> _Program:
+        if bucket not in self._programs:
+            program = _Program(self, bucket)
+            if self.device.type == "cuda":
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                program.capture(self._pool)
+                self.captures += 1
+            self._programs[bucket] = program
+        return self._programs[bucket]
+
+
+class _Program:
+    """The kernels of one number of rows, in order."""
+
+    def __init__(self, step: DeviceStep, rows: int) -> None:
+        self.step, self.rows, self.device = weakref.proxy(step), rows, step.device
+        self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
+        self.control[2] = -1
+        self.graph: Any = None
+        weights = step.weights
+        programs = weights.head.programs(step.tiles_for(weights.head, rows))
+        self.best = (
+            torch.zeros(rows, programs, device=step.device),
+            torch.zeros(rows, programs, dtype=torch.int32, device=step.device),
+        )
+        self.attend, self.tables = self._attends(step)
+
+    def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
+        """How each layer attends; layers that turn alike share cosines and sines, and take turns with one memory."""
+        shared: dict[Any, tuple[Step, Tensor]] = {}
+        found, (queries, keys), dim = [], step.weights.heads, step.weights.head_dim
+        query = step.buffers.heads[: self.rows, :queries]
+        layers = zip(step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True)
+        for block, ring, (sinks, window), rotary in layers:
+            key = (sinks, window, id(rotary))
+            if key not in shared:
+                cut = choose_cut(self.rows, queries, keys, dim, sinks + window)
+                made = Step.prepare(
+                    query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
+                    window=window, scoring=Scoring(block.scale, rotary), start=step.start, cut=replace(cut, overlap=step.chain.attention),
+                )  # fmt: skip
+                shared[key] = made, made.tables(self.control[2])
+            made, tables = shared[key]
+            norms = None
+            if block.head_norms is not None:
+                first, second = block.head_norms
+                norms = HeadNorms(first.gain, second.gain, first.epsilon, first.offset == 1)
+            found.append((replace(made, scoring=Scoring(block.scale, rotary), norms=norms), tables))
+        return found, list(shared.values())
+
+    def place(self, ids: Sequence[int] | Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Put what the host says where the kernels look."""
+        rest = self.rows - len(rows)
+        given = [0] * len(rows) if isinstance(ids, Tensor) else list(ids)
+        host = [[*given, *[0] * rest], [*rows, *[0] * rest], [*positions, *[-1] * rest]]
+        self.control.copy_(torch.tensor(host))
+        if isinstance(ids, Tensor):
+            self.control[0, : len(rows)].copy_(ids)
+
+    def capture(self, pool: Any) -> None:
+        """Compile on rows that rest, then record."""
+        with on(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._launch()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._launch()
+            self.graph = graph
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self._launch()
+        else:
+            self.graph.replay()
+
+    def _launch(self) -> None:
+        step: Any = self.step
+        weights, buffers, rows = step.weights, step.buffers, self.rows
+        ids, _, positions = self.control
+        width = weights.embed.shape[1]
+        self.pending: tuple[int, Norm | None] = (0, None)
+        with on(self.device):
+            embed[(rows, -(-width // 1024))](
+                ids, weights.embed, buffers.states, (width, weights.factor), WIDTH=1024, PDL=False
+            )
+            for made, tables in self.tables:
+                made.tables(positions, tables)
+            for layer, block in enumerate(weights.blocks):
+                self._block(layer, block)
+            self._after_norm(weights.head, buffers.logits, self.best)
+            choose[(rows,)](
+                self.best, ids, positions, buffers.greedy, self.best[0].shape[1], WIDTH=1024, num_warps=8,
+                **chained(step.chain.products),
+            )  # fmt: skip
+
+    def _block(self, layer: int, block: DeviceBlock) -> None:
+        step: Any = self.step
+        buffers, rows, (queries, keys) = step.buffers, self.rows, step.weights.heads
+        self._after_norm(block.qkv, buffers.heads)
+        heads = buffers.heads[:rows]
+        query, key, value = heads.split((queries, keys, keys), dim=1)
+        (attend, tables), ring = self.attend[layer], step.rings[layer]
+        half = len(ring) // 2
+        held = ring if half == 1 else (ring[:half], ring[half:])
+        attend_step(
+            attend, query, key, value, *held, self.control[2], self.control[1], buffers.seen[:rows], tables
+        )
+        self._branch(block.out, buffers.seen, block.after_attention)
+        self._after_norm(block.gate_up, buffers.inner)
+        self._branch(block.down, buffers.inner, block.after_mlp)
+
+    def _branch(self, product: Product, given: Tensor, after: Norm | None) -> None:
+        """What goes to the residual: at once, or in parts that the next norm adds up."""
+        step: Any = self.step
+        tiles = step.tiles_for(product, self.rows)
+        if self.rows == 1 and after is None:
+            product.one(given, step.buffers.states, tiles, residual=True, best=None, pdl=step.chain.products)
+            return
+        if self.rows == 1:
+            product.one(given, step.buffers.branch, tiles, residual=False, best=None, pdl=step.chain.products)
+        else:
+            product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.chain.products)
+        self.pending = (1 if self.rows == 1 else tiles.splits, after)
+
+    def _after_norm(self, product: Product, out: Tensor, best: tuple[Tensor, Tensor] | None = None) -> None:
+        """The product of the normalised residual, to which what is pending has been added."""
+        step: Any = self.step
+        buffers, tiles = step.buffers, step.tiles_for(product, self.rows)
+        parts, after = self.pending
+        if self.rows == 1 and parts == 0:
+            product.one(buffers.states, out, tiles, residual=False, best=best, pdl=step.chain.products)
+            return
+        width = product.depth
+        gain = product.gain
+        join[(self.rows,)](
+            buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
+            (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width),
+            PARTS=parts, AFTER=after is not None, WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
+        )  # fmt: skip
+        self.pending = (0, None)
+        if self.rows == 1:
+            bare = replace(product, gain=None)
+            bare.one(buffers.normed, out, tiles, residual=False, best=best, pdl=step.chain.products)
+        else:
+            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=step.chain.products)
