@@ -80,9 +80,9 @@ def bare(loaded: Loaded, rows: int, read: int) -> Callable[[int], None]:
     pool = Pool(model, rows)
     caches = [pool.take() for _ in range(rows)]
     newest = torch.ones(rows, 1, dtype=torch.int64, device="cuda")
-    with torch.inference_mode():
-        for cache in caches:
-            model.base_model(input_ids=newest[:1].expand(1, read), past_key_values=cache, use_cache=True)
+    moment = read_by_one(loaded, read)._cache.dump()
+    for cache in caches:
+        cache.adopt(moment)
 
     @torch.inference_mode()
     def steps(count: int) -> None:
@@ -94,10 +94,17 @@ def bare(loaded: Loaded, rows: int, read: int) -> Callable[[int], None]:
     return steps
 
 
+def read_by_one(loaded: Loaded, read: int) -> Session:
+    """A session that has read so many tokens; copies of its moment fill a batch."""
+    own = Session(loaded, chunk=2048)
+    own.feed([1] * read)
+    return own
+
+
 def engine_of(loaded: Loaded, rows: int, read: int) -> Engine:
     """An engine all of whose slots write, without end."""
-    engine = Engine(loaded, rows, queue=rows, chunk=2048)
-    requests = [engine.submit([n + 1] * read) for n in range(rows)]
+    engine, moment = Engine(loaded, rows, queue=rows, chunk=2048), read_by_one(loaded, read)
+    requests = [engine.join(moment).submit() for _ in range(rows)]
     while any(not request.tokens for request in requests):
         engine.step()
     return engine
@@ -128,8 +135,7 @@ def streams(loaded: Loaded, rows: int, read: int, steps: int, turns: int) -> dic
 
 def session(loaded: Loaded, read: int, steps: int, turns: int) -> dict[str, float]:
     """Tokens a second of one session, and of the bare step."""
-    own = Session(loaded, chunk=2048)
-    own.feed([1] * read)
+    own = read_by_one(loaded, read)
     writing, alone = own.generate(), bare(loaded, 1, read)
     works = [lambda: [next(writing) for _ in range(steps)], lambda: alone(steps)]
     for work in works:

@@ -11,7 +11,6 @@ from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError
-from sinks.models.attach import attach
 from sinks.models.load import Loaded
 from sinks.stream.engine.batch import read_newest
 from sinks.stream.engine.places import Places
@@ -19,6 +18,7 @@ from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler, Turn
 from sinks.stream.engine.worker import Worker
+from sinks.stream.opening import ready
 from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import CHUNK, Session
@@ -50,7 +50,7 @@ class Engine:
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
-        attach(loaded.model)
+        loaded = ready(loaded)
         Scheduler(slots, queue, chunk)  # refuses sizes before memory is claimed for them
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
