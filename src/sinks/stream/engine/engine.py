@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
@@ -51,15 +52,16 @@ class Engine:
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
         loaded = ready(loaded)
-        Scheduler(slots, queue, chunk)  # refuses sizes before memory is claimed for them
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
         self._size = slots if steady else 0
+        self._ahead = self._ground.pool is not None
+        self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}
         self._numbers = 0
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
-        self._places = Places(self._scheduler, self._lock, self._lose)
+        self._places = Places(self._scheduler, self._lock, self.dismiss)
         self._worker = Worker(self.step, self._on_fault)
 
     # What is asked of it, from any thread
@@ -153,8 +155,10 @@ class Engine:
 
     def step(self) -> bool:
         """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
-        with self.between_steps():
+        with self._places.between_steps():
             turn = self._schedule()
+            if turn.reads or not turn.writers:
+                self._say()
             for number, count in turn.reads:
                 self._read(number, count)
             self._write(turn.writers)
@@ -169,6 +173,8 @@ class Engine:
         with self._lock:
             admitted = [self._requests[number] for number in self._scheduler.admit()]
         self._places.make_room()
+        if admitted:
+            self._say()
         for request in admitted:
             self._begin(request)
         with self._lock:
@@ -179,8 +185,8 @@ class Engine:
         stream = request.stream
         try:
             row = stream.row or self._ground.take_up(stream.source)
-            row.sit()
             request.prepare(row)
+            row.sit()
         except Exception as error:
             self._fail(request, error)
             if stream.row is None:
@@ -216,11 +222,12 @@ class Engine:
     def _write(self, writers: Sequence[int]) -> None:
         """One token of every request that is still there."""
         rows: dict[Request, Row] = {}
-        for request in [self._requests[number] for number in writers if number in self._requests]:
+        for request in filter(None, map(self._requests.get, writers)):
             row = request.stream.row
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
+        self._say()
         for request, row in rows.items():
             self._choose(request, row)
 
@@ -252,12 +259,21 @@ class Engine:
         if request.finish is not None or request.answer is None:
             return
         try:
-            piece = row.take(request.answer)
+            piece = row.take(request.answer, self._ahead)
         except Exception as error:
             self._fail(request, error)
             return
         request.tokens += 1
-        self._hand_out(request, piece)
+        if isinstance(piece, str):
+            self._hand_out(request, piece)
+        else:
+            self._unsaid.append((request, piece))
+
+    def _say(self) -> None:
+        """Hand out what was chosen in the last step: on a GPU, while this one's pass is computed."""
+        while self._unsaid:
+            request, text = self._unsaid.popleft()
+            self._hand_out(request, text())
 
     def _hand_out(self, request: Request, piece: str) -> None:
         request.put(piece)
@@ -294,15 +310,14 @@ class Engine:
                 self._end(request, "cancelled")
             self.release(stream)
 
-    def _lose(self, stream: Stream, error: Exception) -> None:
-        stream.gone = EngineError(f"this stream could not be put away ({type(error).__name__}: {error}): join() again")
-        self.dismiss(stream)
-
     # For streams
 
-    def between_steps(self) -> AbstractContextManager[None]:
-        """No step runs inside, and afterwards the slots of those who left are free."""
-        return self._places.between_steps()
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """No step runs inside, all that was chosen is said, and afterwards the slots of those who left are free."""
+        with self._places.between_steps():
+            self._say()
+            yield
 
     def row_of(self, stream: Stream) -> Row:
         """The row of a stream that is in memory. Raises EngineError."""

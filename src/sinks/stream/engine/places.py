@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from sinks.errors import QueueFull
+from sinks.errors import EngineError, QueueFull
 from sinks.stream.engine.request import Stream
 from sinks.stream.engine.row import Row
 from sinks.stream.engine.schedule import Scheduler
@@ -20,9 +20,7 @@ class Places:
     A stream that leaves while a step runs keeps its seat until that is over: nobody else may be seated under it.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, lock: AbstractContextManager[Any], lost: Callable[[Stream, Exception], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, lock: AbstractContextManager[Any], lost: Callable[[Stream], None]) -> None:
         self._scheduler = scheduler
         self._lock = lock
         self._lost = lost
@@ -72,7 +70,9 @@ class Places:
             try:
                 self._put_away(stream)
             except Exception as error:
-                self._lost(stream, error)
+                told = f"this stream could not be put away ({type(error).__name__}: {error}): join() again"
+                stream.gone = EngineError(told)
+                self._lost(stream)
         self._clear()
 
     def _put_away(self, stream: Stream) -> None:

@@ -203,14 +203,19 @@ class Row:
         ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
         return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
-    def take(self, answer: Answer) -> str:
-        """Choose the next token from the logits, which must be there; returns the text that can be said with it."""
+    def take(self, answer: Answer, ahead: bool = False) -> str | Callable[[], str]:
+        """Choose the next token from the logits, which must be there; returns the text that can be said with it.
+
+        With `ahead` that may be a call which works it out, for when there is time: see `Answer.write_on`.
+        """
         assert self.logits is not None
-        if self.best is not None and answer.sampler.sampling.plain:
+        history, sampler = self.history, answer.sampler
+        if self.best is not None and sampler.sampling.plain:
             token = self.best()
-            piece = answer.accept(token, self.history)
         else:
-            token, piece = answer.take(self.logits, self.history)
+            token = sampler.choose(self.logits, history.last(sampler.sampling.lookback))
+        later = ahead and answer.surely_goes_on(token)
+        piece = answer.write_on(token, history) if later else answer.accept(token, history)
         self.logits = self.best = None
-        self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
+        history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
         return piece
