@@ -1,6 +1,6 @@
 """Which tiles make a whole decode step fastest: one product after the other, all else as it is.
 
-    python benchmarks/gpu/tune.py --cases 1B:1 1B:64
+    python -m benchmarks.gpu.tune --cases 1B:1 1B:64
 
 What wins belongs into `tiles_for` (models/step/device/linear.py).
 """
@@ -70,7 +70,8 @@ def candidates(name: str, product: Product, rows: int) -> list[Tiles]:
         return tiles
     return [
         replace(each, splits=splits)
-        for each in tiles for splits in SPLITS.get(rows, (1, 2, 4)) if 96 <= product.outputs // each.cols * splits <= 600 or splits == 1
+        for each in tiles for splits in SPLITS.get(rows, (1, 2, 4))
+        if 96 <= product.outputs // each.cols * splits <= 600 or splits == 1
     ]  # fmt: skip
 
 

@@ -89,7 +89,8 @@ class Product:
                 given, absent if self.gain is None else self.gain, *self._held(), out,
                 (absent, absent) if best is None else best,
                 (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
-                NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth, **self._constants(tiles, residual, best is not None, pdl),
+                NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth,
+                **self._constants(tiles, residual, best is not None, pdl),
             )  # fmt: skip
 
     def many(
@@ -136,6 +137,8 @@ def tiles_for(product: Product, rows: int) -> Tiles:
     """What measured fastest on an H200 (benchmarks/gpu/products.py); few large ones where each is a Python call."""
     if product.weight.device.type == "cpu":
         return Tiles(64, 256, 4, 2, rows > 16, 2 if product.splits and rows > 1 else 1)
+    if product.dtype is torch.float32 and rows > 1:
+        return Tiles(16, 64, 4, 3)
     if rows == 1:
         return Tiles(4, 1024, 4) if product.depth <= 1024 else Tiles(2, 2048, 4)
     if rows <= 16:

@@ -170,7 +170,8 @@ class _Program:
                 cut = choose_cut(self.rows, queries, keys, dim, sinks + window)
                 made = Step.prepare(
                     query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
-                    window=window, scoring=Scoring(block.scale, rotary), start=step.start, cut=replace(cut, overlap=step.chain.attention),
+                    window=window, scoring=Scoring(block.scale, rotary), start=step.start,
+                    cut=replace(cut, overlap=step.chain.attention),
                 )  # fmt: skip
                 shared[key] = made, made.tables(self.control[2])
             made, tables = shared[key]
@@ -272,7 +273,8 @@ class _Program:
         join[(self.rows,)](
             buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
             (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width),
-            PARTS=parts, AFTER=after is not None, WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
+            PARTS=parts, AFTER=after is not None,
+            WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
         )  # fmt: skip
         self.pending = (0, None)
         if self.rows == 1:
