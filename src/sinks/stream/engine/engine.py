@@ -126,9 +126,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        with self._lock:
-            if request.finish is None:
-                self._end(request, "cancelled")
+        self._end(request, "cancelled")
         self.wake()
 
     @property
@@ -278,24 +276,24 @@ class Engine:
     def _hand_out(self, request: Request, piece: str) -> None:
         request.put(piece)
         if request.answer is not None and request.answer.finish is not None:
-            with self._lock:
-                if request.finish is None:
-                    self._end(request, request.answer.finish)
+            self._end(request, request.answer.finish)
 
     # Ends
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """End a request with what went wrong."""
-        with self._lock:
-            if request.finish is None:
-                self._end(request, "failed", failure_of(error))
+        self._end(request, "failed", failure_of(error))
 
     def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
-        self._scheduler.finish(request.number)
-        del self._requests[request.number]
-        request.close(finish, error)
-        if request.stream.once:
-            self.release(request.stream)
+        """End a request, unless it is over."""
+        with self._lock:
+            if request.finish is not None:
+                return
+            self._scheduler.finish(request.number)
+            del self._requests[request.number]
+            request.close(finish, error)
+            if request.stream.once:
+                self.release(request.stream)
 
     def release(self, stream: Stream) -> None:
         """Free a stream's slot and its memory."""
