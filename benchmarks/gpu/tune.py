@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.decode import build, replay, seats_of
 from sinks.models.step.device.linear import Product, Tiles, tiles_for
-from sinks.models.step.device.step import Chain, DeviceModel, DeviceStep
+from sinks.models.step.device.step import PLACES, Chain, DeviceModel, DeviceStep
 from sinks.models.step.device.weights import DeviceWeights
 
 NEAR = 2_000
@@ -119,10 +119,7 @@ def warm(products: dict[str, Product], rows: int) -> None:
         name, product, tiles, pdl = work
         high = max(16, rows)
         kind = torch.float32 if name in ("head", "out", "down") else torch.bfloat16
-        best = (
-            torch.zeros(high, product.programs(tiles), device="cuda"),
-            torch.zeros(high, product.programs(tiles), device="cuda", dtype=torch.int32),
-        ) if name == "head" else None  # fmt: skip
+        best = torch.zeros(rows, PLACES, device="cuda", dtype=torch.int64) if name == "head" else None
         out = torch.zeros(8, high, product.outputs, device="cuda", dtype=kind)
         try:
             if rows == 1:

@@ -41,34 +41,28 @@ def pairs_of(dims: Value, FIRST: constexpr, PAIRS: constexpr, INTERLEAVED: const
 
 
 @jit
-def fetch(turning: Value, row: Value, turn: Value, PAIRS: constexpr, TABLES: constexpr) -> Value:
-    """What `angles` are made of, read before the position is known: a row's own of the tables, or the steps."""
+def fetch(turning: Value, row: Value, which: Value, turn: Value, PAIRS: constexpr, TABLES: constexpr) -> Value:
+    """What an angle is made of, read before the position is known: a row's own of the tables, or the steps.
+
+    `which`: 0 by the position, 1 by that in the cache.
+    """
     pair, _, inside, _ = turn
     if TABLES:
-        place = turning + row * (4 * PAIRS) + pair
-        cos, sin = tl.load(place, mask=inside, other=1.0), tl.load(place + PAIRS, mask=inside, other=0.0)
-        place += 2 * PAIRS
-        sink_cos, sink_sin = tl.load(place, mask=inside, other=1.0), tl.load(place + PAIRS, mask=inside, other=0.0)
-        fetched = (cos, sin, sink_cos, sink_sin)
+        place = turning + (row * 4 + which * 2) * PAIRS + pair
+        fetched = (tl.load(place, mask=inside, other=1.0), tl.load(place + PAIRS, mask=inside, other=0.0))
     else:
         fetched = (tl.load(turning + pair, mask=inside, other=0),)
     return fetched
 
 
 @jit
-def angles(fetched: Value, turn: Value, position: Value, in_cache: Value, TABLES: constexpr) -> Value:
-    """Cosine, and sine with the sign of its dimension, by the position, then by that in the cache: [1, dims] each.
-
-    Own times the one and partner times the other make the turned head.
-    """
+def angle(fetched: Value, turn: Value, position: Value, TABLES: constexpr) -> Value:
+    """Cosine, and sine with the sign of its dimension, [dims]: own times the one, partner times the other."""
     if TABLES:
-        cos, sin, sink_cos, sink_sin = fetched
+        cos, sin = fetched
     else:
         cos, sin = sine_cosine(fetched[0] * position)
-        sink_cos, sink_sin = sine_cosine(fetched[0] * in_cache)
-    second = turn[1]
-    sin, sink_sin = tl.where(second, sin, -sin), tl.where(second, sink_sin, -sink_sin)
-    return cos[None, :], sin[None, :], sink_cos[None, :], sink_sin[None, :]
+    return cos, tl.where(turn[1], sin, -sin)
 
 
 @jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ PROGRAMS = 264
 """Programs that fill a Hopper GPU: two for each of 132 multiprocessors."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
-"""Keys or values of an int8 ring: sinks in full `[seats, kv_heads, sinks, head_dim]`, the window's codes, their scales."""
+"""Keys or values of an int8 ring: sinks in full `[seats, kv_heads, sinks, head_dim]`, the window's codes, and scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,25 +41,24 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the kernel is cut: `slots` a tile, `splits` programs for the slots of a row and key head, `warps` a program.
+    """How the kernel is cut: `slots` a tile, `splits` programs for the window of a row and key head, `warps` a program.
 
-    `stages` tiles are loaded ahead where a split is more than one. `matrix` multiplies on the matrix units, whose
-    tiles have 16 rows at least; otherwise each query head is multiplied by itself. `overlap` launches the kernel while
-    the one before still runs: what that one writes may be anything but this layer's older slots and `seats`.
+    Where there are several, one more has the sinks. `stages` tiles are loaded ahead where a program has more than one.
+    `overlap` launches the kernel while the one before still runs: that one may write anything but this layer's older
+    slots and `seats`.
     """
 
     slots: int
     splits: int
     warps: int = 4
     stages: int = 3
-    matrix: bool = True
     overlap: bool = False
 
 
-def choose_cut(batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int) -> Cut:
+def choose_cut(batch: int, kv_heads: int, head_dim: int, window: int) -> Cut:
     """How to cut a step of these sizes."""
     slots = 32 if head_dim > 128 else 64
-    return Cut(slots, max(1, min(-(-capacity // slots), PROGRAMS // (batch * kv_heads))))
+    return Cut(slots, max(1, min(-(-window // slots), PROGRAMS // (batch * kv_heads))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +102,15 @@ class Step:
         if first_keys is not None and not 0 <= first_keys <= sinks:
             raise InvalidInput(f"first_keys={first_keys}: mass is counted on sinks, of which there are {sinks}")
         (batch, heads, head_dim), kv_heads = query.shape, (keys if isinstance(keys, Tensor) else keys[0]).shape[1]
-        cut = choose_cut(batch, heads, kv_heads, head_dim, sinks + window) if cut is None else cut
-        tiles = -(-(sinks + window) // cut.slots)
-        splits = -(-tiles // -(-tiles // cut.splits))
-        kept = _power_of_two(heads // kv_heads)
-        numbers = batch * kv_heads * splits * kept * (_power_of_two(head_dim) + 4) if splits > 1 else 1
+        cut = choose_cut(batch, kv_heads, head_dim, window) if cut is None else cut
+        tiles = -(-window // cut.slots)
+        cut = replace(cut, splits=-(-tiles // -(-tiles // cut.splits)))
+        parts = batch * kv_heads * (cut.splits + 1) * _power_of_two(heads // kv_heads)
         device, rotary = query.device, scoring.rotary
         return Step(
-            sinks, window, scoring, norms, first_keys, start,
-            Cut(cut.slots, splits, cut.warps, cut.stages, cut.matrix, cut.overlap),
+            sinks, window, scoring, norms, first_keys, start, cut,
             torch.zeros(1, dtype=torch.int64, device=device) if rotary is None else rotary.steps.to(device),
-            torch.empty(numbers, dtype=torch.float32, device=device),
+            torch.empty(parts * (_power_of_two(head_dim) + 4) if cut.splits > 1 else 1, dtype=torch.float32, device=device),
             torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
         )  # fmt: skip
 
@@ -157,17 +154,18 @@ def attend_step(
     result goes into `out`, contiguous, if there is one. `tables` are `step.tables(positions)`, if they are at hand.
     Nothing is read back, so the call can be captured in a CUDA graph that also advances `positions`.
     """
-    scoring, cut, (batch, heads, head_dim), kv_heads = step.scoring, step.cut, query.shape, key.shape[1]
+    scoring, (batch, heads, head_dim), kv_heads = step.scoring, query.shape, key.shape[1]
     new = tuple(part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     figures = step.partials.new_empty((4, batch, heads) if step.first_keys is not None else (1,))
+    constants = _constants(step, heads // kv_heads, head_dim)
     with on(query.device):
-        step_kernel[(cut.splits, kv_heads, batch)](
+        step_kernel[(constants["SPLITS"], kv_heads, batch)](
             new, (keys, values) if isinstance(keys, Tensor) else (*keys, *values), out, figures, step.partials,
             step.arrivals, positions, positions if seats is None else seats, step.steps if tables is None else tables,
             figures if scoring.sink_logits is None else scoring.sink_logits, *_normed(step),
             scoring.scale * LOG2E, step.start, tuple(stride for part in new for stride in part.stride()[:2]),
-            HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, **_constants(step, heads // kv_heads, head_dim),
+            HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, **constants,
             SEATED=seats is not None, TABLES=tables is not None, CODED=not isinstance(keys, Tensor),
         )  # fmt: skip
     if step.first_keys is None:
@@ -183,19 +181,18 @@ def _normed(step: Step) -> Sequence[Any]:
 
 
 def _constants(step: Step, group: int, head_dim: int) -> dict[str, Any]:
-    """What the compiler must know, apart from the shape of the heads."""
-    cut, padded, kept = step.cut, _power_of_two(head_dim), _power_of_two(group)
-    tiles = -(-(step.sinks + step.window) // cut.slots)
-    room = cut.warps * 32 * 64  # registers for the parts: 64 of a thread
+    """What the compiler must know, apart from how many heads there are."""
+    cut, padded, members = step.cut, _power_of_two(head_dim), _power_of_two(group)
+    tiles, apart = -(-step.window // cut.slots), int(cut.splits > 1 and step.sinks > 0)
     norms, rotary = step.norms, step.scoring.rotary
     return {
-        "PADDED": padded, "MEMBERS": max(16, kept) if cut.matrix == 2 else kept, "KEPT": kept, "SLOTS": cut.slots,
-        "SINKS": step.sinks, "WINDOW": step.window, "FIRST": step.first_keys or 0,
-        "SPAN": -(-tiles // cut.splits) * cut.slots, "TURNED": 0 if rotary is None else rotary.first,
-        "PAIRS": 0 if rotary is None else rotary.width // 2, "SPLITS": cut.splits, "CHUNK": max(1, min(_power_of_two(cut.splits), room // (kept * padded))),
-        "INTERLEAVED": rotary is not None and rotary.interleaved, "NORMED": 0 if norms is None else 1 + norms.unit_offset,
-        "LOGITS": step.scoring.sink_logits is not None, "STATISTICS": step.first_keys is not None,
-        "MATRIX": cut.matrix, "AHEAD": tiles == cut.splits, "OVERLAP": cut.overlap,
+        "PADDED": padded, "MEMBERS": members, "SINKS": step.sinks, "WINDOW": step.window, "FIRST": step.first_keys or 0,
+        "APART": apart, "SPAN": -(-tiles // cut.splits) * cut.slots, "SLOTS": cut.slots, "SPLITS": cut.splits + apart,
+        "TURNED": 0 if rotary is None else rotary.first, "PAIRS": 0 if rotary is None else rotary.width // 2,
+        "INTERLEAVED": rotary is not None and rotary.interleaved,
+        "NORMED": 0 if norms is None else 1 + norms.unit_offset, "LOGITS": step.scoring.sink_logits is not None,
+        "STATISTICS": step.first_keys is not None, "OVERLAP": cut.overlap,
+        "AHEAD": tiles == cut.splits and (step.sinks <= cut.slots if apart else step.sinks == 0),
         "num_warps": cut.warps, "num_stages": cut.stages, **({"launch_pdl": True} if cut.overlap else {}),
     }  # fmt: skip
 
@@ -215,13 +212,13 @@ def _refuse(
             f"the fused step takes heads of 64, 96, 128 or 256 dimensions, not {query.shape[-1]}: stream through "
             "sinks.SinkCache instead"
         )
-    parts = [(keys, sinks + window)] if isinstance(keys, Tensor) else list(zip(keys, (sinks, window, window), strict=True))
-    for part, slots in parts:
+    whole = isinstance(keys, Tensor)
+    for part, slots in [(keys, sinks + window)] if whole else zip(keys, (sinks, window, window), strict=True):
         if part.shape[2] != slots or not part.is_contiguous() or query.shape[1] % part.shape[1]:
             raise InvalidInput(
                 f"a ring of shape {list(part.shape)} does not fit {sinks} sinks, a window of {window} and a query of "
-                f"shape {list(query.shape)}: give contiguous [seats, kv_heads, sinks + window, head_dim], or the sinks, "
-                "codes and scales of an int8 ring"
+                f"shape {list(query.shape)}: give contiguous [seats, kv_heads, sinks + window, head_dim], or the "
+                "sinks, codes and scales of an int8 ring"
             )
     if scoring.scale <= 0:
         raise InvalidInput(f"scale={scoring.scale}: a score is scaled by a number above 0")

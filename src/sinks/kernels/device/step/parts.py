@@ -15,45 +15,46 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 @jit
 def leave(
     state: Value, partials: Value, number: Value, notes: Value, GROUP: constexpr, PADDED: constexpr,
-    MEMBERS: constexpr, KEPT: constexpr, STATISTICS: constexpr,
+    MEMBERS: constexpr, STATISTICS: constexpr,
 ) -> None:  # fmt: skip
-    """Write part `number`: KEPT rows of values, and behind all values, at `notes`, its four figures."""
+    """Write part `number`: its values, and behind all values, at `notes`, its four figures."""
     member, dims = tl.arange(0, MEMBERS), tl.arange(0, PADDED)
-    base = partials + (number * KEPT + member).to(tl.int64) * PADDED
+    base = partials + (number * MEMBERS + member).to(tl.int64) * PADDED
     tl.store(base[:, None] + dims[None, :], state[0], mask=(member < GROUP)[:, None])
     for figure in tl.static_range(4 if STATISTICS else 2):
-        tl.store(partials + notes + (number * 4 + figure) * KEPT + member, state[1 + figure], mask=member < GROUP)
+        tl.store(partials + notes + (number * 4 + figure) * MEMBERS + member, state[1 + figure], mask=member < GROUP)
 
 
 @jit
 def fold(
-    partials: Value, first: Value, notes: Value, scale: Value, GROUP: constexpr, PADDED: constexpr, KEPT: constexpr,
-    SPLITS: constexpr, CHUNK: constexpr, STATISTICS: constexpr,
+    partials: Value, first: Value, notes: Value, scale: Value, GROUP: constexpr, PADDED: constexpr,
+    MEMBERS: constexpr, SPLITS: constexpr, STATISTICS: constexpr,
 ) -> Value:  # fmt: skip
-    """SPLITS parts from `first` on as one, CHUNK of them loaded at once."""
-    member, dims = tl.arange(0, KEPT), tl.arange(0, PADDED)
-    zeros = tl.zeros([KEPT], tl.float32)
-    gathered, total, weighed, mass = tl.zeros([KEPT, PADDED], tl.float32), zeros, zeros, zeros
+    """SPLITS parts from `first` on as one.
+
+    Every thread walks the parts for its own numbers: unrolled, so that all loads are under way at once, and without a
+    word between threads.
+    """
+    member, dims = tl.arange(0, MEMBERS), tl.arange(0, PADDED)
+    mine, noted = member < GROUP, partials + notes + first * (4 * MEMBERS) + member
+    place = partials + ((first * MEMBERS + member).to(tl.int64) * PADDED)[:, None] + dims[None, :]
+    zeros = tl.zeros([MEMBERS], tl.float32)
+    gathered, total, weighed, mass = tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros, zeros
     largest = zeros - float("inf")
-    for begin in tl.static_range(0, SPLITS, CHUNK):
-        number = begin + tl.arange(0, CHUNK)
-        real = (number < SPLITS)[:, None] & (member < GROUP)[None, :]
-        place = partials + ((first + number)[:, None] * KEPT + member[None, :]).to(tl.int64)[:, :, None] * PADDED
-        values = tl.load(place + dims[None, None, :], mask=real[:, :, None], other=0.0, cache_modifier=".cg")
-        noted = partials + notes + (first + number)[:, None] * (4 * KEPT) + member[None, :]
-        totals = tl.load(noted, mask=real, other=0.0, cache_modifier=".cg")
-        tops = tl.load(noted + KEPT, mask=real, other=float("-inf"), cache_modifier=".cg")
-        top = tl.maximum(largest, tl.max(tops, 0))
-        level = tl.where(top == float("-inf"), 0.0, top) * scale
-        kept, added = tl.exp2(largest * scale - level), tl.exp2(tops * scale - level[None, :])
-        gathered = gathered * kept[:, None] + tl.sum(values * added[:, :, None], 0)
-        total = total * kept + tl.sum(totals * added, 0)
+    for number in tl.static_range(SPLITS):
+        top = tl.load(noted + (4 * number + 1) * MEMBERS, mask=mine, other=float("-inf"), cache_modifier=".cg")
+        largest = tl.maximum(largest, top)
+    level = tl.where(largest == float("-inf"), 0.0, largest) * scale
+    for number in tl.static_range(SPLITS):
+        note = noted + 4 * number * MEMBERS
+        values = tl.load(place + number * MEMBERS * PADDED, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+        top = tl.load(note + MEMBERS, mask=mine, other=float("-inf"), cache_modifier=".cg")
+        share = tl.exp2(top * scale - level)
+        gathered += values * share[:, None]
+        total += tl.load(note, mask=mine, other=0.0, cache_modifier=".cg") * share
         if STATISTICS:
-            weigheds = tl.load(noted + 2 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
-            masses = tl.load(noted + 3 * KEPT, mask=real, other=0.0, cache_modifier=".cg")
-            weighed = weighed * kept + tl.sum(weigheds * added, 0)
-            mass = mass * kept + tl.sum(masses * added, 0)
-        largest = top
+            weighed += tl.load(note + 2 * MEMBERS, mask=mine, other=0.0, cache_modifier=".cg") * share
+            mass += tl.load(note + 3 * MEMBERS, mask=mine, other=0.0, cache_modifier=".cg") * share
     return gathered, total, largest, weighed, mass
 
 
@@ -68,7 +69,7 @@ def write(
     row, kv_head, now = where
     member, dims = tl.arange(0, MEMBERS), tl.arange(0, PADDED)
     head, mine = kv_head * GROUP + member, member < GROUP
-    alive = now >= 0  # a row that takes no part gives zeros
+    alive = mine & (now >= 0)  # a row that takes no part gives zeros
     total, largest = tl.where(alive, total, 1.0), tl.where(alive, largest, 0.0)
     peak = largest
     if LOGITS:
@@ -79,7 +80,7 @@ def write(
         weighed = weighed * shrink + weight * tl.maximum(logit, -1.0e30)
         gathered, largest = gathered * shrink[:, None], top
     place = ((row * HEADS + head) * DIM)[:, None] + dims[None, :]
-    result = tl.where(alive, gathered / total[:, None], 0.0)
+    result = tl.where(alive[:, None], gathered / total[:, None], 0.0)
     tl.store(out + place, result.to(out.dtype.element_ty), mask=mine[:, None] & (dims < DIM)[None, :])
     if STATISTICS:
         noted, step = figures + row * HEADS + head, tl.num_programs(2) * HEADS

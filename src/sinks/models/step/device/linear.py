@@ -76,25 +76,25 @@ class Product:
         return -(-self.outputs // tiles.cols)
 
     def one(
-        self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool, best: tuple[Tensor, Tensor] | None,
+        self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool, best: Tensor | None,
         pdl: int,
     ) -> None:  # fmt: skip
         """The first row of `given`, normalised here, into that of `out`, or added to it.
 
-        `best` takes the largest of every program's outputs, and where it stands.
+        `best` `[rows, places]` takes the largest outputs, and where they stand (`choose` empties it).
         """
         programs, absent = self.programs(tiles), self.weight
         with on(absent.device):
             thin[(programs,)](
                 given, absent if self.gain is None else self.gain, *self._held(), out,
-                (absent, absent) if best is None else best,
+                absent if best is None else best,
                 (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
                 NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth,
-                **self._constants(tiles, residual, best is not None, pdl),
+                **self._constants(tiles, residual, best, pdl),
             )  # fmt: skip
 
     def many(
-        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: tuple[Tensor, Tensor] | None, pdl: int
+        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None, pdl: int
     ) -> None:
         """The first `rows` of `given`, which the norm is behind, into those of `out`; with splits, [splits, rows]."""
         programs, absent = self.programs(tiles), self.weight
@@ -103,20 +103,20 @@ class Product:
         deep = -(-self.depth // tiles.depth // tiles.splits) * tiles.depth
         with on(absent.device):
             wide[(-(-rows // taken), programs, tiles.splits)](
-                given, *self._held(), out, (absent, absent) if best is None else best,
+                given, *self._held(), out, absent if best is None else best,
                 (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs, halves),
                 ROWS=taken, TURNED=tiles.turned, STAGES=tiles.stages, TYPE=_KINDS[self.dtype], num_stages=tiles.stages,
-                **self._constants(tiles, False, best is not None, pdl),
+                **self._constants(tiles, False, best, pdl),
             )  # fmt: skip
 
     def _held(self) -> list[Tensor]:
         return [self.weight if part is None else part for part in (self.weight, self.scales, self.bias)]
 
-    def _constants(self, tiles: Tiles, residual: bool, best: bool, pdl: int) -> dict[str, Any]:
+    def _constants(self, tiles: Tiles, residual: bool, best: Tensor | None, pdl: int) -> dict[str, Any]:
         return {
             "COLS": tiles.cols, "DEPTH": tiles.depth, "GATED": self.gated, "GELU": self.gelu, "RESIDUAL": residual,
-            "BIAS": self.bias is not None, "BITS": self.bits, "BEST": best, "num_warps": tiles.warps,
-            "FETCH": tiles.fetch if pdl else 0, **chained(pdl),
+            "BIAS": self.bias is not None, "BITS": self.bits, "PLACES": 0 if best is None else best.shape[1],
+            "FETCH": tiles.fetch if pdl else 0, "num_warps": tiles.warps, **chained(pdl),
         }  # fmt: skip
 
 

@@ -133,25 +133,25 @@ def _end(
 
 
 @jit
-def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: Value) -> None:
-    """The largest of each row [rows, cols] among this program's outputs, and the first place where it stands."""
+def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: Value, PLACES: constexpr) -> None:
+    """Put the largest of each row [rows, cols] and where it first stands into one of the row's PLACES, if it is larger.
+
+    Both in one integer that orders as they do: the bits of the number, then what is left of 2^32 behind the place. A
+    maximum of integers is the same in whatever order programs arrive.
+    """
     most = tl.max(made, 1)
     first = tl.min(tl.where(made == most[:, None], n, 2147483647), 1)
-    place = row * sizes[3] + number
-    tl.store(best[0] + place, most, mask=row < sizes[2])
-    tl.store(best[1] + place, first, mask=row < sizes[2])
-
-
-@jit
-def _scaled(made: Value, scales: Value, n: Value, real: Value) -> Value:
-    return made * tl.load(scales + n, mask=real, other=0.0).to(tl.float32)[None, :]
+    bits = most.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    packed = (ordered << 32) | (0xFFFFFFFF - first.to(tl.int64))
+    tl.atomic_max(best + row * PLACES + number % PLACES, packed, mask=row < sizes[2], sem="relaxed")
 
 
 @jit
 def thin(
     x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
     COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr,
-    BIAS: constexpr, BITS: constexpr, BEST: constexpr, OFFSET: constexpr, PDL: constexpr, FETCH: constexpr,
+    BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr, FETCH: constexpr,
     WHOLE: constexpr,
 ) -> None:  # fmt: skip
     """One row, by multiply and add. WHOLE: a tile has the whole depth.
@@ -204,8 +204,8 @@ def thin(
         extra = _scaled(extra, scales, count + n, n < count) if GATED else extra
     row = tl.zeros([1], tl.int32)
     made = _end(made, extra, bias, out, row[:, None], n[None, :], 0, sizes, GATED, GELU, RESIDUAL, BIAS)
-    if BEST:
-        _best(made, row, n[None, :], best, number, sizes)
+    if PLACES:
+        _best(made, row, n[None, :], best, number, sizes, PLACES)
 
 
 @jit
@@ -259,7 +259,7 @@ def _times(weight: Value, given: Value, made: Value, TURNED: constexpr) -> Value
 def wide(
     x: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value, ROWS: constexpr,
     COLS: constexpr, DEPTH: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
-    BITS: constexpr, BEST: constexpr, PDL: constexpr, FETCH: constexpr, TURNED: constexpr, STAGES: constexpr,
+    BITS: constexpr, PLACES: constexpr, PDL: constexpr, FETCH: constexpr, TURNED: constexpr, STAGES: constexpr,
     TYPE: constexpr,
 ) -> None:  # fmt: skip
     """ROWS rows of inputs that are normalised already, by matrix units. Programs: tiles of rows, of outputs, splits.
@@ -305,5 +305,5 @@ def wide(
         extra = _scaled(extra, scales, count + n, n < count) if GATED else extra
     out += part * sizes[7]
     made = _end(made, extra, bias, out, rows[:, None], n[None, :], part, sizes, GATED, GELU, RESIDUAL, BIAS)
-    if BEST:
-        _best(made, rows, n[None, :], best, number, sizes)
+    if PLACES:
+        _best(made, rows, n[None, :], best, number, sizes, PLACES)

@@ -48,24 +48,15 @@ def join(
 
 
 @jit
-def choose(
-    best: Value, ids: Value, positions: Value, greedy: Value, programs: Value, WIDTH: constexpr, PDL: constexpr
-) -> None:
-    """The likeliest token of each row, the first of equals: kept, and fed back, one position on."""
+def choose(best: Value, ids: Value, positions: Value, greedy: Value, PLACES: constexpr, PDL: constexpr) -> None:
+    """The likeliest token of each row, the first of equals: kept, and fed back, one position on; `best` is emptied."""
     begin(PDL)
     ahead(PDL)
-    row, column = tl.program_id(0), tl.arange(0, WIDTH)
-    most = tl.zeros([WIDTH], tl.float32) - float("inf")
-    token = tl.zeros([WIDTH], tl.int32) + 2147483647
-    for start in range(0, programs, WIDTH):
-        inside = start + column < programs
-        places = row * programs + start + column
-        value = tl.load(best[0] + places, mask=inside, other=float("-inf"))
-        place = tl.load(best[1] + places, mask=inside, other=2147483647)
-        token = tl.where(value > most, place, token)  # programs, and so places, go up
-        most = tl.maximum(most, value)
-    found = tl.min(tl.where(most == tl.max(most, 0), token, 2147483647), 0).to(tl.int64)
+    row = tl.program_id(0)
+    places = best + row * PLACES + tl.arange(0, PLACES)
+    found = 0xFFFFFFFF - (tl.max(tl.load(places), 0) & 0xFFFFFFFF)
     found = tl.where(found == 2147483647, 0, found)  # no number at all: the host sees it in the logits
+    tl.store(places, tl.full([PLACES], -9223372036854775808, tl.int64))
     position = tl.load(positions + row)
     tl.store(greedy + row, found)
     tl.store(ids + row, found)

@@ -16,7 +16,6 @@ from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
 from sinks.kernels.device.step import HeadNorms
-from sinks.kernels.device.step.launch import choose_cut
 from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
 from sinks.models.step.device.small import choose, embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
@@ -24,6 +23,9 @@ from sinks.models.step.slots import Seats
 
 LEAST_ROWS = 16
 """Rows of a buffer, however few are used: what a matrix unit reads."""
+
+PLACES = 64
+"""Where programs of the output head leave their best: one would be fought for."""
 
 MOST_PARTS = 8
 """Parts that a product's result may come in."""
@@ -150,29 +152,22 @@ class _Program:
         self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
         self.control[2] = -1
         self.graph: Any = None
-        weights = step.weights
-        programs = weights.head.programs(step.tiles_for(weights.head, rows))
-        self.best = (
-            torch.zeros(rows, programs, device=step.device),
-            torch.zeros(rows, programs, dtype=torch.int32, device=step.device),
-        )
+        self.best = torch.full((rows, PLACES), torch.iinfo(torch.int64).min, device=step.device)
         self.attend, self.tables = self._attends(step)
 
     def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
         """How each layer attends; layers that turn alike share cosines and sines, and take turns with one memory."""
         shared: dict[Any, tuple[Step, Tensor]] = {}
-        found, (queries, keys), dim = [], step.weights.heads, step.weights.head_dim
-        query = step.buffers.heads[: self.rows, :queries]
+        found, query = [], step.buffers.heads[: self.rows, : step.weights.heads[0]]
         layers = zip(step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True)
         for block, ring, (sinks, window), rotary in layers:
             key = (sinks, window, id(rotary))
             if key not in shared:
-                cut = choose_cut(self.rows, queries, keys, dim, sinks + window)
                 made = Step.prepare(
                     query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
                     window=window, scoring=Scoring(block.scale, rotary), start=step.start,
-                    cut=replace(cut, overlap=step.chain.attention),
                 )  # fmt: skip
+                made = replace(made, cut=replace(made.cut, overlap=step.chain.attention))
                 shared[key] = made, made.tables(self.control[2])
             made, tables = shared[key]
             norms = None
@@ -227,9 +222,8 @@ class _Program:
                 self._block(layer, block)
             self._after_norm(weights.head, buffers.logits, self.best)
             choose[(rows,)](
-                self.best, ids, positions, buffers.greedy, self.best[0].shape[1], WIDTH=1024, num_warps=8,
-                **chained(step.chain.products),
-            )  # fmt: skip
+                self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(step.chain.products)
+            )
 
     def _block(self, layer: int, block: DeviceBlock) -> None:
         step: Any = self.step
@@ -260,7 +254,7 @@ class _Program:
             product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.chain.products)
         self.pending = (1 if self.rows == 1 else tiles.splits, after)
 
-    def _after_norm(self, product: Product, out: Tensor, best: tuple[Tensor, Tensor] | None = None) -> None:
+    def _after_norm(self, product: Product, out: Tensor, best: Tensor | None = None) -> None:
         """The product of the normalised residual, to which what is pending has been added."""
         step: Any = self.step
         buffers, tiles = step.buffers, step.tiles_for(product, self.rows)
