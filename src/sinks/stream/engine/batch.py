@@ -1,16 +1,16 @@
-"""The pass that reads the newest tokens of all rows of one step."""
+"""What the rows of one step do together: the pass that reads their newest tokens, and the choice of the next ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from sinks.cache.group import Group
+from sinks.stream.answer import Answer
 from sinks.stream.engine.row import Row
-from sinks.stream.sampling import Likeliest
+from sinks.stream.sampling import Choices, Sampler
 
 
 @torch.inference_mode()
@@ -32,6 +32,14 @@ def read_newest(rows: Sequence[Row], size: int) -> None:
     except BaseException:
         group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
         raise
-    best = Likeliest(logits)
-    for number, (row, own) in enumerate(zip(rows, logits, strict=False)):
-        row.logits, row.best = own, partial(best.of, number)
+    for row, own in zip(rows, logits, strict=False):
+        row.logits = own
+
+
+def choices(writing: Sequence[tuple[Row, Answer]]) -> Choices:
+    """The next token of each of these answers, whose rows have their logits."""
+    asked = list[tuple[Sampler, Tensor, Sequence[int]]]()
+    for row, answer in writing:
+        assert row.logits is not None
+        asked.append((answer.sampler, row.logits, row.history.last(answer.sampler.sampling.lookback)))
+    return Choices(asked)

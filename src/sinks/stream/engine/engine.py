@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
@@ -13,7 +14,7 @@ from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.load import Loaded
-from sinks.stream.engine.batch import read_newest
+from sinks.stream.engine.batch import choices, read_newest
 from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
@@ -225,9 +226,11 @@ class Engine:
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
+        alive = [request for request in rows if request.finish is None and request.answer is not None]
+        chosen = choices([(rows[request], request.answer) for request in alive if request.answer is not None])
         self._say()
-        for request, row in rows.items():
-            self._choose(request, row)
+        for number, request in enumerate(alive):
+            self._choose(request, rows[request], partial(chosen.of, number))
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -252,12 +255,12 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row) -> None:
+    def _choose(self, request: Request, row: Row, chosen: Callable[[], int]) -> None:
         """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
         if request.finish is not None or request.answer is None:
             return
         try:
-            piece = row.take(request.answer, self._ahead)
+            piece = row.take(request.answer, chosen(), self._ahead)
         except Exception as error:
             self._fail(request, error)
             return

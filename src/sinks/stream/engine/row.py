@@ -109,7 +109,6 @@ class Row:
         self.pieces = Pieces(ground.vocabulary)
         self.generator = torch.Generator().manual_seed(FIRST_SEED)
         self.logits: Tensor | None = None
-        self.best: Callable[[], int] | None = None  # the likeliest token, where it was found together with the logits
         self.in_dialogue = False  # a session's own: kept for the session that takes the stream up again
 
     @classmethod
@@ -175,7 +174,6 @@ class Row:
         twin.cache, twin.history, twin.pieces = self.cache.fork(), self.history.fork(), self.pieces.fork()
         twin.generator = self.generator.clone_state()
         twin.logits = None if self.logits is None else self.logits.clone()
-        twin.best = self.best
         twin.in_dialogue = self.in_dialogue
         return twin
 
@@ -195,7 +193,7 @@ class Row:
             model = self.ground.loaded.model
             given = torch.tensor([fed], device=model.device)
             base_of(model)(input_ids=given, past_key_values=self.cache, use_cache=True)
-        self.logits = self.best = None
+        self.logits = None
         self.history.extend(ids)
 
     def answer(self, sampling: Sampling, max_tokens: int | None, stop: Iterable[str]) -> Answer:
@@ -203,19 +201,14 @@ class Row:
         ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
         return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
-    def take(self, answer: Answer, ahead: bool = False) -> str | Callable[[], str]:
-        """Choose the next token from the logits, which must be there; returns the text that can be said with it.
+    def take(self, answer: Answer, token: int, ahead: bool = False) -> str | Callable[[], str]:
+        """Go on with this token, which was chosen for `answer`; returns the text that can be said with it.
 
         With `ahead` that may be a call which works it out, for when there is time: see `Answer.write_on`.
         """
-        assert self.logits is not None
-        history, sampler = self.history, answer.sampler
-        if self.best is not None and sampler.sampling.plain:
-            token = self.best()
-        else:
-            token = sampler.choose(self.logits, history.last(sampler.sampling.lookback))
+        answer.sampler.advance()
         later = ahead and answer.surely_goes_on(token)
-        piece = answer.write_on(token, history) if later else answer.accept(token, history)
-        self.logits = self.best = None
-        history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
+        piece = answer.write_on(token, self.history) if later else answer.accept(token, self.history)
+        self.logits = None
+        self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
         return piece
