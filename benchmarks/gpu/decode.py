@@ -41,6 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+
 def main() -> None:
     """Time every case and print a table."""
     parser = argparse.ArgumentParser(description="The fused decode step of whole models.")
@@ -82,9 +83,7 @@ def seats_of(model: Any, count: int) -> Seats:
     shape = (count, config.num_key_value_heads, SINKS + WINDOW, config.head_dim)
     rotary = describe(model).rotaries(SINKS + WINDOW)["all"]
     layers = range(config.num_hidden_layers)
-    rings = [
-        tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in layers
-    ]
+    rings = [tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in layers]
     return Seats(rings, [(SINKS, WINDOW) for _ in layers], [rotary for _ in layers], 0)
 
 

@@ -141,6 +141,8 @@ def test_packed_weights_multiply_as_the_widened_ones(name: str, kind: type):
     model, wide = model.to(DEVICE), attach(wide.to(DEVICE))
     ids = tokens(8, batch=3)
     expected = plain(wide, ids)
+    if HAS_GPU:
+        close(plain(attach(model), ids), expected, 1e-5)  # the general path, which widens
     step = DeviceModel(attach(model)).step(seats_of(wide, 4))
     for at in range(8):
         close(step(ids[:, at].tolist(), [0, 1, 2], [at] * 3), expected[:, at], 1e-5)

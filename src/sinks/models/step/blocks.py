@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Layer] = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.
 
 ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
 
+
 @dataclass(frozen=True, eq=False)
 class StepBlock:
     """One block: `qkv` and `gate_up` give the outputs of their projections side by side.

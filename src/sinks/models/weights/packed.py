@@ -44,7 +44,7 @@ class PackedLinear(nn.Module, ABC):
 
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
-        """bfloat16 `[rows, in_features]` -> bfloat16 `[rows, out_features]`."""
+        """`[rows, in_features]` -> `[rows, out_features]` of the same element type, without the bias."""
 
     @abstractmethod
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
@@ -68,10 +68,7 @@ class PackedLinear(nn.Module, ABC):
     def forward(self, given: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """The product, in the element type of what is given."""
         rows = given.reshape(-1, self.in_features)
-        if given.is_cuda:
-            made = F.linear(rows, self.weight_widened().to(given.dtype))
-        else:
-            made = self.product(rows.to(torch.bfloat16)).to(given.dtype)
+        made = self.product(rows)
         if self.bias is not None:
             made = made + self.bias
         return made.view(*given.shape[:-1], self.out_features)
@@ -109,7 +106,9 @@ class Int8Linear(PackedLinear):
         return made
 
     def product(self, rows: Tensor) -> Tensor:
-        return _KERNELS._weight_int8pack_mm(rows, self.values, self.scales)
+        if rows.is_cuda:
+            return F.linear(rows, self.weight_widened().to(rows.dtype))
+        return _KERNELS._weight_int8pack_mm(rows.to(torch.bfloat16), self.values, self.scales).to(rows.dtype)
 
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
         return self.values.float() * self.scales.float().unsqueeze(1)
@@ -149,8 +148,8 @@ class Int4Linear(PackedLinear):
         return made
 
     def product(self, rows: Tensor) -> Tensor:
-        made = _KERNELS._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales)
-        return made if made.shape[1] == self.out_features else made[:, : self.out_features]
+        made = _KERNELS._weight_int4pack_mm_for_cpu(rows.to(torch.bfloat16), self.packed, GROUP, self.scales)
+        return (made if made.shape[1] == self.out_features else made[:, : self.out_features]).to(rows.dtype)
 
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
         # The layout of the packed bytes belongs to the kernel, so it is asked: a unit vector picks one column, exactly.

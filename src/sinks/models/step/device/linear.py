@@ -93,9 +93,7 @@ class Product:
                 **self._constants(tiles, residual, best, pdl),
             )  # fmt: skip
 
-    def many(
-        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None, pdl: int
-    ) -> None:
+    def many(self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None, pdl: int) -> None:
         """The first `rows` of `given`, which the norm is behind, into those of `out`; with splits, [splits, rows]."""
         programs, absent = self.programs(tiles), self.weight
         taken = min(tiles.rows, max(16, power(rows)))  # a matrix unit takes 16 rows or more: the buffers have them

@@ -85,6 +85,22 @@ def _given(x: Value, gain: Value, k: Value, depth: Value, NORM: constexpr, OFFSE
 
 
 @jit
+def _inputs_of_one(
+    x: Value, gain: Value, start: Value, k: Value, depth: Value, NORM: constexpr, OFFSET: constexpr, BITS: constexpr
+) -> Value:
+    """Sums of squares, and what a tile's weights are multiplied by: for the early and the late of a byte's."""
+    if BITS == 4:
+        place = start + k // 16 * 32 + k % 16
+        squares, early = _given(x, gain, place, depth, NORM, OFFSET)
+        more, late = _given(x, gain, place + 16, depth, NORM, OFFSET)
+        squares += more
+    else:
+        squares, early = _given(x, gain, start + k, depth, NORM, OFFSET)
+        late = early
+    return squares, (early, late)
+
+
+@jit
 def _grids(scales: Value, n: Value, start: Value, depth: Value, height: Value, GROUPS: constexpr) -> Value:
     """Scale and centre of the groups of int4 weights from `start` on, [n, GROUPS]."""
     group = start // 32 + tl.arange(0, GROUPS)
@@ -178,18 +194,11 @@ def thin(
     made, extra = tl.zeros([COLS, LANES], tl.float32), tl.zeros([COLS, LANES], tl.float32)
     squares = tl.zeros([DEPTH // PACK], tl.float32)
     for start in range(0, depth, DEPTH):
-        if BITS == 4:
-            place = start + k // 16 * 32 + k % 16
-            more, late = _given(x, gain, place + 16, depth, NORM, OFFSET)
-            squares += more
-        else:
-            place = start + k
-            late = tl.zeros([DEPTH], tl.float32)
-        more, early = _given(x, gain, place, depth, NORM, OFFSET)
+        more, given = _inputs_of_one(x, gain, start, k, depth, NORM, OFFSET, BITS)
         squares += more
-        made = _fold(made, first, (early, late), scales, n, start, sizes, COLS, LANES, BITS)
+        made = _fold(made, first, given, scales, n, start, sizes, COLS, LANES, BITS)
         if GATED:
-            extra = _fold(extra, second, (early, late), scales, count + n, start, sizes, COLS, LANES, BITS)
+            extra = _fold(extra, second, given, scales, count + n, start, sizes, COLS, LANES, BITS)
         if not WHOLE:
             behind = (start + DEPTH) // PACK + k
             first = _weights(weight, n, behind, stride, real & (behind < stride)[None, :])
@@ -291,6 +300,7 @@ def wide(
             made = _times(late, behind, made, TURNED)
         else:
             k = start + tl.arange(0, DEPTH)
+            behind = early
         given = _inputs(x, rows, k, depth, TYPE)
         made = _times(early, given, made, TURNED)
         if GATED:

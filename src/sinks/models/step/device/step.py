@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from sinks.models.step.slots import Seats
 
 LEAST_ROWS = 16
 """Rows of a buffer, however few are used: what a matrix unit reads."""
+
+_CAPTURING = Lock()
 
 PLACES = 64
 """Where programs of the output head leave their best: one would be fought for."""
@@ -188,7 +191,7 @@ class _Program:
 
     def capture(self, pool: Any) -> None:
         """Compile on rows that rest, then record."""
-        with on(self.device):
+        with _CAPTURING, on(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -196,7 +199,8 @@ class _Program:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: what other threads ask of the GPU meanwhile is their own affair
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._launch()
             self.graph = graph
 
@@ -232,11 +236,12 @@ class _Program:
         heads = buffers.heads[:rows]
         query, key, value = heads.split((queries, keys, keys), dim=1)
         (attend, tables), ring = self.attend[layer], step.rings[layer]
-        half = len(ring) // 2
-        held = ring if half == 1 else (ring[:half], ring[half:])
-        attend_step(
-            attend, query, key, value, *held, self.control[2], self.control[1], buffers.seen[:rows], tables
-        )
+        places = self.control[2], self.control[1], buffers.seen[:rows], tables
+        if len(ring) == 2:
+            attend_step(attend, query, key, value, ring[0], ring[1], *places)
+        else:
+            attend_step(attend, query, key, value, (ring[0], ring[1], ring[2]), (ring[3], ring[4], ring[5]), *places)
+
         self._branch(block.out, buffers.seen, block.after_attention)
         self._after_norm(block.gate_up, buffers.inner)
         self._branch(block.down, buffers.inner, block.after_mlp)
