@@ -226,10 +226,10 @@ class Engine:
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
-        alive = [request for request in rows if request.finish is None and request.answer is not None]
-        chosen = choices([(rows[request], request.answer) for request in alive if request.answer is not None])
+        answers = {each: each.answer for each in rows if each.answer is not None and each.finish is None}
+        chosen = choices([(rows[request], answer) for request, answer in answers.items()])
         self._say()
-        for number, request in enumerate(alive):
+        for number, request in enumerate(answers):
             self._choose(request, rows[request], partial(chosen.of, number))
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
@@ -323,10 +323,9 @@ class Engine:
     def row_of(self, stream: Stream) -> Row:
         """The row of a stream that is in memory. Raises EngineError."""
         self._check_open(stream)
-        row = stream.moment
-        if row is None:
+        if stream.moment is None:
             raise EngineError("this stream holds no slot: it is parked, or nothing was read yet; submit a request")
-        return row
+        return stream.moment
 
     @contextmanager
     def reserved(self, stream: Stream) -> Iterator[Row]:
