@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/engine.py --json benchmarks/results/engine-h200.json
 
-`streams`: tokens a second of an engine with so many greedy streams, and of the bare step: the same rows through the
+`streams`: tokens a second of an engine with so many streams, greedy or sampled with top-p, and of the bare step: the same rows through the
 model in a loop that does nothing else, whose next tokens stay on the device. They take turns; medians. `session`: the
 same for one session. `gap`: one stream writes while a long prompt is read; the longest time between two of its tokens,
 against the time of one chunk and of one step. `park`: milliseconds to put a stream away to the host, and to bring it
@@ -31,7 +31,9 @@ from sinks.cache.pool import Pool
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
 from sinks.models.step.hasten import hasten, steps_of
+from sinks.stream.engine.batch import warm_up
 from sinks.stream.engine.engine import Engine
+from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -101,10 +103,11 @@ def read_by_one(loaded: Loaded, read: int) -> Session:
     return own
 
 
-def engine_of(loaded: Loaded, rows: int, read: int) -> Engine:
+def engine_of(loaded: Loaded, rows: int, read: int, sampling: Sampling) -> Engine:
     """An engine all of whose slots write, without end."""
     engine, moment = Engine(loaded, rows, queue=rows, chunk=2048), read_by_one(loaded, read)
-    requests = [engine.join(moment).submit() for _ in range(rows)]
+    warm_up(engine._ground)
+    requests = [engine.join(moment).submit(sampling=sampling) for _ in range(rows)]
     while any(not request.tokens for request in requests):
         engine.step()
     return engine
@@ -118,9 +121,11 @@ def drained(engine: Engine, steps: int) -> None:
         request.take()
 
 
-def streams(loaded: Loaded, rows: int, read: int, steps: int, turns: int) -> dict[str, float]:
+def streams(
+    loaded: Loaded, rows: int, read: int, steps: int, turns: int, sampling: Sampling = GREEDY
+) -> dict[str, float]:
     """Tokens a second of the engine and of the bare step, in turn."""
-    engine, alone = engine_of(loaded, rows, read), bare(loaded, rows, read)
+    engine, alone = engine_of(loaded, rows, read, sampling), bare(loaded, rows, read)
     works = [lambda: drained(engine, steps), lambda: alone(steps)]
     for work in works:
         work()
@@ -148,6 +153,7 @@ def session(loaded: Loaded, read: int, steps: int, turns: int) -> dict[str, floa
 def gap(loaded: Loaded, prompt: int, chunk: int) -> dict[str, float]:
     """Milliseconds between two tokens of a writer: the longest while a prompt is read, and the median before it."""
     engine = Engine(loaded, 2, chunk=chunk)
+    warm_up(engine._ground)
     writer = engine.submit([1] * 1200)
     while writer.tokens < 50:
         engine.step()
@@ -222,6 +228,8 @@ def main() -> None:
         f"streams_{rows}": lambda rows=rows: streams(loaded, rows, flags.read, flags.steps, flags.turns)
         for rows in flags.rows
     }
+    drawing = Sampling(temperature=0.8, top_p=0.95)
+    parts["streams_8_sampled"] = lambda: streams(loaded, 8, flags.read, flags.steps, flags.turns, drawing)
     parts["session"] = lambda: session(loaded, flags.read, flags.steps, flags.turns)
     parts["gap"] = lambda: gap(loaded, flags.prompt, flags.chunk)
     parts["park"] = lambda: park(loaded, flags.read, 9)

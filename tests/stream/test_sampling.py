@@ -81,19 +81,25 @@ def test_logits_are_those_of_transformers(sampling: Sampling, seed: int, history
     if sampling.greedy:
         assert sampler(sampling).choose(logits, history) == int(expected.argmax())
     else:
-        number = float(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        torch.manual_seed(seed)
+        drawing = int(torch.multinomial(expected.softmax(-1), 1))
+        assert sampler(sampling, seed).choose(logits, history) == drawing
+        number = torch.rand(1, dtype=torch.float64)
         shares = expected.double().softmax(-1).tolist()
-        drawn = next(n for n, upto in enumerate(accumulate(shares)) if number * math.fsum(shares) < upto)
-        assert sampler(sampling, seed).choose(logits, history) == drawn
+        upto = next(n for n, whole in enumerate(accumulate(shares)) if float(number) * math.fsum(shares) < whole)
+        assert int(drawn(filtered(sampling, sampler(sampling).penalised(logits, history))[None], number)) == upto
 
 
 def test_the_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2, 1e-30]).log()
     drawing = sampler(Sampling(temperature=1.0))
     counts = torch.bincount(torch.tensor([drawing.choose(logits) for _ in range(4000)]), minlength=4) / 4000
+    numbers = torch.rand(4000, dtype=torch.float64)
+    on_a_gpu = torch.bincount(drawn(logits.expand(4000, 4), numbers), minlength=4) / 4000
     # Five standard deviations of a share at 4,000 draws are 0.04.
-    torch.testing.assert_close(counts, logits.exp(), rtol=0, atol=0.04)
-    assert counts[3] == 0
+    for each in (counts, on_a_gpu):
+        torch.testing.assert_close(each, logits.exp(), rtol=0, atol=0.04)
+        assert each[3] == 0
 
 
 @settings(max_examples=100)

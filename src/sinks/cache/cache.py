@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from sinks.cache.arrival import Arrival, Block
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.rings.quantized import QuantizedRing
-from sinks.cache.rings.ring import Ring
+from sinks.cache.rings.ring import Gate, Ring
 from sinks.cache.rings.seats import Seat, laid_open, why_not_open
 from sinks.cache.rings.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
@@ -47,10 +47,11 @@ class SinkCache(Cache):
     without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend.
     """
 
-    def __init__(
-        self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int, kind: Kind = "full"
-    ) -> None:
+    def __init__(self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int, kind: Kind = "full") -> None:
         super().__init__(layers=[RINGS[kind](layer_plan(plan, layer.own_window)) for layer in scheme.layers])
+        self._gate = Gate()
+        for ring in self.rings:
+            ring.gate = self._gate
         self.plan = plan
         self.kind: Kind = kind
         self.start = start
@@ -182,8 +183,7 @@ class SinkCache(Cache):
         arrival = Arrival(self._seen or [0] * rows, columns, mask, self.start)
         self._offsets = check_positions(positions, arrival, self._offsets or [None] * rows)
         self._arrival = arrival
-        for ring in self.rings:
-            ring.accepts_update = True
+        self._gate.is_open = True
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, lenses: Sequence[Lens] = (), **options: Any
@@ -232,8 +232,7 @@ class SinkCache(Cache):
     def seats(self) -> Seats | None:
         """The rings as a captured step takes them, for as long as they stay where they are; see `why_no_seats`."""
         if self.seat is not None:
-            for ring in () if self._seen else self.rings:
-                ring.sit()
+            self.claim()
             return self.seat.seats
         if self._seats is None and self.why_no_seats() is None:
             parts = [tuple(ring.parts.values()) for ring in self.rings]
@@ -251,8 +250,7 @@ class SinkCache(Cache):
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""
         arrival, self._arrival = self._arrival, None
-        for ring in self.rings:
-            ring.accepts_update = False
+        self._gate.is_open = False
         if arrival is None or not complete:
             self._broken = True
             return
@@ -269,8 +267,7 @@ class SinkCache(Cache):
         if self._arrival is not None and (self._arrival.columns != 1 or self._arrival.mask is not None):
             raise CacheError("only a pass of one token a row, without pads, can be retracted")
         self._arrival = None
-        for ring in self.rings:
-            ring.accepts_update = False
+        self._gate.is_open = False
 
     # What may be copied and put away
 
@@ -296,6 +293,11 @@ class SinkCache(Cache):
         self.seat = seat
         for ring, place in zip(self.rings, places, strict=True):
             ring.seat = place
+
+    def claim(self) -> None:
+        """Begin in the seat, where there is one and nothing was read."""
+        for ring in () if self._seen else self.rings:
+            ring.sit()
 
     def leave(self) -> None:
         """Give the seat back, if there is one, and be an empty cache with memory of its own."""

@@ -83,16 +83,21 @@ class Group(Cache):
 
     def step_seats(self) -> Seating | None:
         """The seats of the pass now open, where all caches sit in one pool; idle rows have position -1."""
-        if self._arrival is None:
+        first = self.caches[0].seat
+        if self._arrival is None or first is None or first.seats is None:
             return None
-        opened = [cache.step_seats() for cache in self.caches]
-        rows, seats = list[int](), None if opened[0] is None else opened[0].seats
-        for cache, seating in zip(self.caches, opened, strict=True):
-            if cache.seat is None or seating is None or seating.seats is not seats:
+        rows = list[int]()
+        for cache in self.caches:
+            seat = cache.seat
+            if seat is None or seat.seats is not first.seats:
                 return None
-            rows.append(cache.seat.number)
-        positions = [sum(cache.seen) for cache in self.caches]
-        return None if seats is None else Seating(seats, rows + [rows[0]] * self.idle, positions + [-1] * self.idle)
+            rows.append(seat.number)
+        positions = list(self._arrival.seen)
+        for cache, position in zip(self.caches, positions, strict=False):
+            if position == 0:
+                cache.claim()
+        positions[len(rows) :] = [-1] * self.idle
+        return Seating(first.seats, rows + rows[:1] * self.idle, positions)
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, take every row back to before it."""

@@ -124,13 +124,16 @@ def no_choice(dtype: torch.dtype) -> UnsupportedOption:
 class Sampler:
     """Chooses the tokens of one row: the settings of one answer, and random numbers of the row's own.
 
-    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved.
+    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved. On a CPU
+    tokens are those that `generate` of transformers draws; on a GPU one number of it decides a token, by the same
+    probabilities: what is drawn there is another sample.
     """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
         self.sampling = sampling
         self.generator = generator
         self._bias: tuple[Tensor, Tensor] | None = None
+        self._ahead: torch.Generator | None = None
 
     def begin(self) -> None:
         """Begin an answer: the random numbers begin anew where the settings give a seed."""
@@ -146,14 +149,16 @@ class Sampler:
         self.advance()
         return token
 
-    def peek(self) -> float:
-        """The random number that decides the next token, from 0 to 1; the same until `advance`."""
-        return float(torch.rand((), dtype=torch.float64, generator=self.generator.clone_state()))
+    def ahead(self) -> torch.Generator:
+        """The random numbers that decide the next token; the same again until `advance`."""
+        self._ahead = self.generator.clone_state()
+        return self._ahead
 
     def advance(self) -> None:
-        """A token was chosen: the next one is decided by another random number, if any."""
-        if not self.sampling.greedy:
-            torch.rand((), dtype=torch.float64, generator=self.generator)
+        """A token was chosen: what decided it is used up."""
+        if self._ahead is not None:
+            self.generator.set_state(self._ahead.get_state())
+            self._ahead = None
 
     def penalised(self, scores: Float[Tensor, " vocab"], history: Sequence[int]) -> Float[Tensor, " vocab"]:
         """Logits after bias and penalties; `scores` itself is left alone."""
@@ -228,10 +233,19 @@ def _found(rows: Sequence[tuple[Sampler, Tensor]]) -> Float[Tensor, "2 rows"]:
     samplers, scores = [sampler for sampler, _ in rows], torch.stack([scores for _, scores in rows])
     best, tokens = scores.max(dim=-1)
     sampling = samplers[0].sampling
-    if not sampling.greedy:
-        numbers = torch.tensor([sampler.peek() for sampler in samplers], dtype=torch.float64)
-        tokens = drawn(filtered(sampling, wide(scores)), on_device(numbers, scores.device))
+    if not sampling.greedy and scores.device.type == "cpu":
+        tokens = torch.stack([_drawn_as_transformers_does(*row) for row in zip(samplers, scores, best, strict=True)])
+    elif not sampling.greedy:
+        numbers = [torch.rand((), dtype=torch.float64, generator=sampler.ahead()) for sampler in samplers]
+        tokens = drawn(filtered(sampling, wide(scores)), on_device(torch.stack(numbers), scores.device))
     return torch.stack((tokens.double(), best.double()))
+
+
+def _drawn_as_transformers_does(sampler: Sampler, scores: Tensor, best: Tensor) -> Tensor:
+    if not best.isfinite():
+        return torch.zeros((), dtype=torch.int64)  # nobody takes it
+    shares = filtered(sampler.sampling, wide(scores)).softmax(dim=-1)
+    return torch.multinomial(shares, 1, generator=sampler.ahead())[0]
 
 
 def filtered(sampling: Sampling, scores: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:

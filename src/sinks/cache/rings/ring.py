@@ -24,6 +24,12 @@ Observed = tuple[int, Sequence[Lens]] | None
 """The number of this layer, and the lenses that look at its attention; None: nobody looks."""
 
 
+class Gate:
+    """Whether a pass is open; the rings of one cache share it."""
+
+    is_open = False
+
+
 class Ring(CacheLayerMixin):
     """`[batch, kv_heads, capacity, head_dim]` keys, each turned once by its stream position, and their values.
 
@@ -38,7 +44,7 @@ class Ring(CacheLayerMixin):
         super().__init__()
         self.plan = plan
         self.columns_fed = 0
-        self.accepts_update = False
+        self.gate = Gate()
         self.seat: Mapping[str, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -65,7 +71,7 @@ class Ring(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys through: the attention function, not the model, reads and writes the ring."""
-        if not self.accepts_update:
+        if not self.gate.is_open:
             raise NotAttached("this model is not attached: call sinks.attach(model) before feeding it a SinkCache")
         return key_states, value_states
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sinks.cache.group import Group
+from sinks.models.step.hasten import LeanForward
 from sinks.stream.answer import Answer
-from sinks.stream.engine.row import Row
+from sinks.stream.engine.row import Ground, Row
 from sinks.stream.sampling import Choices, Sampler
 
 
@@ -43,3 +44,14 @@ def choices(writing: Sequence[tuple[Row, Answer]]) -> Choices:
         assert row.logits is not None
         asked.append((answer.sampler, row.logits, row.history.last(answer.sampler.sampling.lookback)))
     return Choices(asked)
+
+
+def warm_up(ground: Ground) -> None:
+    """Capture the step of every number of rows now, not when it is first met, which takes up to a second each."""
+    forward, pool = ground.loaded.model.forward, ground.pool
+    if not isinstance(forward, LeanForward) or forward.device is None or pool is None or pool.seats is None:
+        return
+    step = forward.device.step(pool.seats)
+    for power in range((pool.size - 1).bit_length() + 1):
+        rows = 1 << power
+        step([0] * rows, [0] * rows, [-1] * rows)

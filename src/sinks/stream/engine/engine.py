@@ -14,7 +14,7 @@ from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.load import Loaded
-from sinks.stream.engine.batch import choices, read_newest
+from sinks.stream.engine.batch import choices, read_newest, warm_up
 from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
@@ -56,7 +56,6 @@ class Engine:
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
         self._size = slots if steady else 0
-        self._ahead = self._ground.pool is not None
         self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}
         self._numbers = 0
@@ -260,7 +259,7 @@ class Engine:
         if request.finish is not None or request.answer is None:
             return
         try:
-            piece = row.take(request.answer, chosen(), self._ahead)
+            piece = row.take(request.answer, chosen(), ahead=self._ground.pool is not None)
         except Exception as error:
             self._fail(request, error)
             return
@@ -369,7 +368,8 @@ class Engine:
     # A thread that steps
 
     def start(self) -> Engine:
-        """Step in a thread of its own from now on, whenever there is something to do."""
+        """Step in a thread of its own from now on, whenever there is something to do; see `warm_up`."""
+        warm_up(self._ground)
         with self._lock:
             self._check_open(None)
             self._worker.start()
