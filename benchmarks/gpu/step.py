@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/step.py --json benchmarks/results/step-h200.json
 
-A graph holds as many layers as fill several times the L2 cache, each with a ring of its own. `statistics` is the same
-with sink mass, entropy and maximum; `far` the same at position 10,000,000.
+A graph holds as many layers as fill several times the L2 cache, each with a ring of its own, and angles worked out once
+for all of them. `statistics` is the same with sink mass, entropy and maximum; `far` the same at position 10,000,000;
+`int8` the same on a ring of codes; `alone` with the angles worked out in every layer.
 """
 
 from __future__ import annotations
@@ -42,35 +43,68 @@ def main() -> None:
 
 
 def measure(batch: int, heads: int, kv_heads: int, head_dim: int, window: int, rounds: int) -> dict[str, Any]:
-    """Median microseconds a layer."""
-    each = 2 * batch * kv_heads * (SINKS + window) * head_dim * 2
-    layers = max(16, min(64, 2**28 // each))
-    shape, device = (batch, kv_heads, SINKS + window, head_dim), "cuda"
-    held = torch.randn(layers, 2, *shape, device=device, dtype=torch.bfloat16)
-    rings = [(ring[0], ring[1]) for ring in held]
-    query, key, value = (
-        torch.randn(batch, h, head_dim, device=device, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)
-    )
-    rotary = Rotary(1.0 / 10000 ** (torch.arange(head_dim // 2, device=device).double() / (head_dim // 2)))
+    """Median microseconds a layer, and how fast keys and values are read."""
+    case = (batch, heads, kv_heads, head_dim)
+    near = max(NEAR, 2 * window)
     found: dict[str, Any] = {"batch": batch, "heads": f"{heads}/{kv_heads}", "head_dim": head_dim, "window": window}
-    splits = 0
-    ways = (("us", None, max(NEAR, 2 * window)), ("us_statistics", SINKS, NEAR * 5), ("us_far", None, FAR))
-    for name, first_keys, position in ways:
-        step = Step.prepare(
-            query, rings[0][0], sinks=SINKS, window=window, scoring=Scoring(head_dim**-0.5, rotary),
-            first_keys=first_keys,
-        )  # fmt: skip
-        where = torch.full((batch,), position, dtype=torch.int64, device=device)
-        attend_step(step, query, key, value, *rings[0], where)
-        splits = step.splits
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for ring in rings:
-                attend_step(step, query, key, value, *ring, where)
-            where += 1
-        found[name] = round(replay(graph, rounds) * 1000 / layers, 2)
-    found |= {"splits": splits, "TB_s": round(each / found["us"] / 1e6, 3)}
+    for coded in (False, True):
+        each = 2 * batch * kv_heads * (SINKS + window) * (head_dim + 4 if coded else 2 * head_dim)
+        rings = draw(case, window, coded, max(4, min(160, 3 * 2**26 // each)))
+        if coded:
+            found["us_int8"] = time(case, window, rings, near, rounds)
+            found["TB_s_int8"] = round(each / found["us_int8"] / 1e6, 3)
+            continue
+        found["us"] = time(case, window, rings, near, rounds)
+        found["us_far"] = time(case, window, rings, FAR, rounds)
+        found["us_statistics"] = time(case, window, rings, near, rounds, first_keys=SINKS)
+        found["us_alone"] = time(case, window, rings, near, rounds, tables=False)
+        found["TB_s"] = round(each / found["us"] / 1e6, 3)
     return found
+
+
+def draw(case: tuple[int, int, int, int], window: int, coded: bool, layers: int) -> list[tuple[Any, Any]]:
+    """Keys and values of so many rings, random."""
+    batch, _, kv_heads, head_dim = case
+
+    def heads(slots: int) -> torch.Tensor:
+        return torch.randn(batch, kv_heads, slots, head_dim, device="cuda", dtype=torch.bfloat16)
+
+    def part() -> Any:
+        if not coded:
+            return heads(SINKS + window)
+        codes = torch.randint(-127, 128, (batch, kv_heads, window, head_dim), device="cuda", dtype=torch.int8)
+        return heads(SINKS), codes, torch.rand(batch, kv_heads, window, 1, device="cuda") / 50
+
+    return [(part(), part()) for _ in range(layers)]
+
+
+def time(
+    case: tuple[int, int, int, int], window: int, rings: list[tuple[Any, Any]], position: int, rounds: int,
+    first_keys: int | None = None, tables: bool = True,
+) -> float:  # fmt: skip
+    """Microseconds a layer."""
+    batch, heads, kv_heads, head_dim = case
+    new: Any = torch.randn(batch, heads + 2 * kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    query, key, value = new.split([heads, kv_heads, kv_heads], dim=1)
+    rotary = Rotary(1.0 / 10000 ** (torch.arange(head_dim // 2, device="cuda").double() / (head_dim // 2)))
+    step = Step.prepare(
+        query, rings[0][0], sinks=SINKS, window=window, scoring=Scoring(head_dim**-0.5, rotary), first_keys=first_keys
+    )
+    where = torch.full((batch,), position, dtype=torch.int64, device="cuda")
+    out, angles = torch.empty_like(query, memory_format=torch.contiguous_format), step.tables(where)
+
+    def run() -> None:
+        for ring in rings:
+            attend_step(step, query, key, value, *ring, where, out=out, tables=angles if tables else None)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        if tables:
+            step.tables(where, angles)
+        run()
+        where += 1
+    return round(replay(graph, rounds) * 1000 / len(rings), 2)
 
 
 def replay(graph: torch.cuda.CUDAGraph, rounds: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,26 +66,25 @@ class Stream:
         drawn = torch.randn(2, self.head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, self.dtype)
         return HeadNorms(drawn[0], drawn[1], 1e-5, unit_offset=self.norms == "gemma")
 
-    def ring(self) -> tuple[tuple[Tensor, ...], ...]:
+    def ring(self) -> tuple[Any, Any]:
         """Keys, then values: nothing in any slot is a number yet, where it can be none."""
         shape = (2 if self.seats is None else max(self.seats) + 2, self.heads[1])
 
         def empty(slots: int, width: int, dtype: torch.dtype) -> Tensor:
             return torch.full((*shape, slots, width), torch.nan, dtype=dtype, device=DEVICE)
 
-        if not self.coded:
-            return tuple((empty(self.sinks + self.window, self.head_dim, self.dtype),) for _ in range(2))
-        codes = torch.full((*shape, self.window, self.head_dim), 99, dtype=torch.int8, device=DEVICE)
-        return tuple(
-            (empty(self.sinks, self.head_dim, self.dtype), codes.clone(), empty(self.window, 1, torch.float32))
-            for _ in range(2)
-        )
+        def part() -> Any:
+            if not self.coded:
+                return empty(self.sinks + self.window, self.head_dim, self.dtype)
+            codes = torch.full((*shape, self.window, self.head_dim), 99, dtype=torch.int8, device=DEVICE)
+            return empty(self.sinks, self.head_dim, self.dtype), codes, empty(self.window, 1, torch.float32)
+
+        return part(), part()
 
 
-def play(stream: Stream, ring: tuple[tuple[Tensor, ...], ...] | None = None) -> Tensor:
+def play(stream: Stream, ring: tuple[Any, Any] | None = None) -> Tensor:
     """Result of every step, [batch, heads, length, head_dim]; query, key and value are views of one buffer."""
-    held = stream.ring() if ring is None else ring
-    keys, values = (part if stream.coded else part[0] for part in held)
+    keys, values = stream.ring() if ring is None else ring
     query, key, value = stream.heads_of()
     positions, outs = stream.positions(), []
     seats = None if stream.seats is None else torch.tensor(stream.seats, device=DEVICE)
@@ -96,9 +96,9 @@ def play(stream: Stream, ring: tuple[tuple[Tensor, ...], ...] | None = None) -> 
         buffer = torch.cat([part[:, :, column] for part in (query, key, value)], dim=1)
         new = buffer.split([part.shape[1] for part in (query, key, value)], dim=1)
         now = positions[:, column].contiguous()
-        tables = step.tables(now) if stream.tables else None
-        out, into = torch.full_like(query[:, :, 0], torch.nan), torch.full_like(query[:, :, 0], torch.nan)
-        out, _ = attend_step(step, *new, keys, values, now, seats, into, tables)
+        into = torch.full_like(query[:, :, 0], torch.nan)
+        given = {"seats": seats, "out": into, "tables": step.tables(now) if stream.tables else None}
+        out, _ = attend_step(step, new[0], new[1], new[2], keys, values, now, **given)
         assert out is into
         outs.append(out)
     assert not step.arrivals.any(), "the count must be clear for the next step"
@@ -110,8 +110,10 @@ def expected(stream: Stream) -> Tensor:
     query, key, value = normed(stream)
     scoring, positions = stream.scoring(CPU), stream.positions().cpu()
     if not stream.coded:
-        seen = {"sinks": stream.sinks, "window": stream.window, "scoring": scoring, "positions": positions}
-        return attend(query.double(), key.double(), value.double(), impl="chunked", **seen)
+        return attend(
+            query.double(), key.double(), value.double(), sinks=stream.sinks, window=stream.window, scoring=scoring,
+            positions=positions, impl="chunked",
+        )  # fmt: skip
     assert scoring.rotary is not None
     in_cache = positions.clamp(max=stream.sinks + stream.window - 1)
     tables, sink_tables = (scoring.rotary.tables(each + stream.start, torch.float64) for each in (positions, in_cache))

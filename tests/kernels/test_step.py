@@ -109,7 +109,7 @@ def test_a_stream_far_on_gives_the_same(far: int) -> None:
             if column == full:  # a ring fills near the beginning; only a full one can be far on
                 keys[:, :, sinks:] = moved(keys[:, :, sinks:], origin, scoring)
             where = torch.tensor([column + origin * (column >= full)], device=DEVICE)
-            new = (part[:, :, column] for part in (query, key, value))
+            new = query[:, :, column], key[:, :, column], value[:, :, column]
             found.append(attend_step(step, *new, keys, values, where)[0])
     near, away = outs.values()
     for one, other in zip(near, away, strict=True):
@@ -129,7 +129,7 @@ def test_one_graph_serves_every_position() -> None:
     query, key, value = stream.heads_of()
     keys = torch.zeros(2, 2, 64, 64, device=DEVICE)
     values, now = torch.zeros_like(keys), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    new = [part[:, :, 0].contiguous() for part in (query, key, value)]
+    new = query[:, :, 0].contiguous(), key[:, :, 0].contiguous(), value[:, :, 0].contiguous()
     step = Step.prepare(new[0], keys, sinks=4, window=60, scoring=stream.scoring())
     attend_step(step, *new, keys, values, now)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -150,7 +150,7 @@ def test_nobody_writes_where_no_row_sits() -> None:
     stream = Stream(4, 12, 20, seats=(3, 0))
     ring = stream.ring()
     play(stream, ring)
-    for (part,) in ring:
+    for part in ring:
         assert part[1:3].isnan().all() and part[4:].isnan().all() and not part[::3, :, :4].isnan().any()
 
 
@@ -172,6 +172,7 @@ def test_an_int8_ring_is_written_as_the_cache_writes_it(dtype: torch.dtype) -> N
         torch.testing.assert_close(scales, want_scales, rtol=1e-2 * off, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, under the interpreter
 def test_a_number_that_is_none_is_not_taken_for_a_sound_one() -> None:
     """An int8 ring has no code for it: the scale must tell."""
     stream = Stream(0, 4, 1, heads=(1, 1), coded=True, ragged=False)

@@ -5,14 +5,14 @@ phases. So one CUDA graph serves every position. The slots are split among progr
 registers and writes it, so nobody waits for that, and the last to arrive puts the parts together.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 # Branches on constants of the compilation: what one of them binds, only it uses.
 
 from __future__ import annotations
 
 from sinks.kernels.device.language import Value, constexpr, jit, tl
 from sinks.kernels.device.step.angles import angle, fetch, pairs_of
-from sinks.kernels.device.step.parts import fold, leave, write
+from sinks.kernels.device.step.parts import finish, nothing
 from sinks.kernels.device.step.ring import put, read
 
 
@@ -35,6 +35,14 @@ def _norm(
             own = (own * size * (1.0 + mine)).to(kind).to(tl.float32)
             other = (other * size * (1.0 + theirs)).to(kind).to(tl.float32)
     return own, other
+
+
+@jit
+def _norm_both(fetched: Value, norms: Value, partner: Value, dims: Value, DIM: constexpr, NORMED: constexpr) -> Value:
+    own, other, key, key_other, value = fetched
+    own, other = _norm(own, other, norms[0], norms[2], partner, dims, DIM, NORMED, 1)
+    key, key_other = _norm(key, key_other, norms[1], norms[2], partner, dims, DIM, NORMED, 0)
+    return own, other, key, key_other, value
 
 
 @jit
@@ -145,9 +153,8 @@ def step_kernel(
     seats: Value, turning: Value, logits: Value, norms: Value, scale: Value, start: Value, strides: Value,
     HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, SINKS: constexpr,
     WINDOW: constexpr, FIRST: constexpr, APART: constexpr, SPAN: constexpr, SLOTS: constexpr, SPLITS: constexpr,
-    TURNED: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr, SEATED: constexpr,
-    TABLES: constexpr, NORMED: constexpr, LOGITS: constexpr, STATISTICS: constexpr, CODED: constexpr,
-    AHEAD: constexpr, OVERLAP: constexpr,
+    TURNED: constexpr, PAIRS: constexpr, INTERLEAVED: constexpr, SEATED: constexpr, TABLES: constexpr,
+    NORMED: constexpr, LOGITS: constexpr, STATISTICS: constexpr, CODED: constexpr, AHEAD: constexpr, OVERLAP: constexpr,
 ) -> None:  # fmt: skip
     """`new`: query, key, value; `strides`: of rows and heads of the three. `turning`: steps, or tables.
 
@@ -164,8 +171,8 @@ def step_kernel(
     if AHEAD:
         column = low + tl.arange(0, SLOTS)
         late = (column < SINKS + WINDOW) & (on_sinks == 0)
-        early = (column < SINKS) & on_sinks if APART else None
-        tile = read(ring, pair, column, early, late, dims, SINKS, WINDOW, DIM, CODED)
+        early = (column < SINKS) & on_sinks
+        tile = read(ring, pair, column, early if APART else None, late, dims, SINKS, WINDOW, DIM, CODED)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -173,32 +180,26 @@ def step_kernel(
     turn = pairs_of(dims, TURNED, PAIRS, INTERLEAVED)
     fetched = _fetch_new(new, row, kv_head, strides, turn[3], GROUP, DIM, PADDED, MEMBERS)
     turning_here = fetch(turning, row, on_sinks.to(tl.int32), turn, PAIRS, TABLES)
-    own, other, key, key_other, value = _known(fetched, now)
-    own, other = _norm(own, other, norms[0], norms[2], turn[3], dims, DIM, NORMED, 1)
-    key, key_other = _norm(key, key_other, norms[1], norms[2], turn[3], dims, DIM, NORMED, 0)
+    own, other, key, key_other, value = _norm_both(_known(fetched, now), norms, turn[3], dims, DIM, NORMED)
     in_cache = tl.minimum(now, SINKS + WINDOW - 1) + start
     cos, sin = angle(_known(turning_here, now), turn, tl.where(on_sinks, in_cache, now + start), TABLES)
     query = (own * cos[None, :] + other * sin[None, :]).to(ring[0].dtype.element_ty)
     slot = tl.where(now < SINKS, now, SINKS + (now - SINKS) % WINDOW)
     writes = (part == APART) & (now >= 0)
-    key, key_scale = put(ring, pair, slot, key * cos + key_other * sin, dims, writes, SINKS, WINDOW, DIM, CODED, 0)
-    value, value_scale = put(ring, pair, slot, value, dims, writes, SINKS, WINDOW, DIM, CODED, 1)
-    fresh = (key, key_scale, value, value_scale)
+    key = key * cos + key_other * sin
+    fresh = put(ring, pair, slot, key, value, dims, writes, SINKS, WINDOW, DIM, CODED)
     count, slot = tl.minimum(now + 1, SINKS + WINDOW).to(tl.int32), slot.to(tl.int32)
     if AHEAD:
-        zeros = tl.zeros([MEMBERS], tl.float32)
-        state = (tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros - float("inf"), zeros, zeros)
-        seen = (late | early if APART else late) & (column < count)
+        seen = (late | early) & (column < count)
         tile = _with_new(tile, fresh, column == slot, seen, CODED)
-        state = _attend(state, query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
+        state = _attend(nothing(MEMBERS, PADDED), query, tile, seen, column < FIRST, scale, STATISTICS, CODED)
     else:
         state = _begin(query, fresh, now, writes, FIRST)
         if SINKS > 0:
             sink_query = query
             if APART == 0:
-                fetched = fetch(turning, row, 1, turn, PAIRS, TABLES)
-                cos, sin = angle(fetched, turn, in_cache, TABLES)
-                sink_query = (own * cos + other * sin).to(ring[0].dtype.element_ty)
+                cos, sin = angle(fetch(turning, row, 1, turn, PAIRS, TABLES), turn, in_cache, TABLES)
+                sink_query = (own * cos[None, :] + other * sin[None, :]).to(query.dtype)
             bounds = (0, tl.minimum(count, tl.where(on_sinks | (APART == 0), SINKS, 0)))
             state = _walk(
                 state, sink_query, ring, pair, bounds, slot, dims, scale, SINKS, WINDOW, FIRST, DIM,
@@ -209,15 +210,7 @@ def step_kernel(
             state, query, ring, pair, bounds, slot, dims, scale, SINKS, WINDOW, FIRST, DIM, SLOTS, False, STATISTICS,
             CODED,
         )  # fmt: skip
-    where = (row, kv_head, now)
-    if SPLITS == 1:
-        write(state, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS, STATISTICS)
-    else:
-        place = row * (HEADS // GROUP) + kv_head
-        notes = tl.num_programs(2) * (HEADS // GROUP * SPLITS * MEMBERS * PADDED)
-        leave(state, partials, place * SPLITS + part, notes, GROUP, PADDED, MEMBERS, STATISTICS)
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
-            whole = fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, MEMBERS, SPLITS, STATISTICS)
-            write(whole, out, figures, logits, where, scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS, STATISTICS)
-            tl.store(arrivals + place, 0)
+    finish(
+        state, out, figures, partials, arrivals, logits, (row, kv_head, part, now), scale, HEADS, GROUP, DIM, PADDED,
+        MEMBERS, SPLITS, LOGITS, STATISTICS,
+    )  # fmt: skip

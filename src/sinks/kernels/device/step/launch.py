@@ -22,7 +22,7 @@ PROGRAMS = 264
 """Programs that fill a Hopper GPU: two for each of 132 multiprocessors."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
-"""Keys or values of an int8 ring: sinks in full `[seats, kv_heads, sinks, head_dim]`, the window's codes, and scales."""
+"""Keys or values of an int8 ring: sinks in full `[seats, kv_heads, sinks, head_dim]`, the window's codes, scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,10 @@ class Cut:
     overlap: bool = False
 
 
-def choose_cut(batch: int, kv_heads: int, head_dim: int, window: int) -> Cut:
+def choose_cut(batch: int, heads: int, kv_heads: int, head_dim: int, capacity: int) -> Cut:
     """How to cut a step of these sizes."""
     slots = 32 if head_dim > 128 else 64
-    return Cut(slots, max(1, min(-(-window // slots), PROGRAMS // (batch * kv_heads))))
+    return Cut(slots, max(1, min(-(-capacity // slots), PROGRAMS // (batch * kv_heads))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +102,15 @@ class Step:
         if first_keys is not None and not 0 <= first_keys <= sinks:
             raise InvalidInput(f"first_keys={first_keys}: mass is counted on sinks, of which there are {sinks}")
         (batch, heads, head_dim), kv_heads = query.shape, (keys if isinstance(keys, Tensor) else keys[0]).shape[1]
-        cut = choose_cut(batch, kv_heads, head_dim, window) if cut is None else cut
+        cut = choose_cut(batch, heads, kv_heads, head_dim, sinks + window) if cut is None else cut
         tiles = -(-window // cut.slots)
         cut = replace(cut, splits=-(-tiles // -(-tiles // cut.splits)))
-        parts = batch * kv_heads * (cut.splits + 1) * _power_of_two(heads // kv_heads)
+        rows = batch * kv_heads * (cut.splits + 1) * _power_of_two(heads // kv_heads) if cut.splits > 1 else 0
         device, rotary = query.device, scoring.rotary
         return Step(
             sinks, window, scoring, norms, first_keys, start, cut,
             torch.zeros(1, dtype=torch.int64, device=device) if rotary is None else rotary.steps.to(device),
-            torch.empty(parts * (_power_of_two(head_dim) + 4) if cut.splits > 1 else 1, dtype=torch.float32, device=device),
+            torch.empty(rows * (_power_of_two(head_dim) + 4) + 1, dtype=torch.float32, device=device),
             torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
         )  # fmt: skip
 
@@ -201,9 +201,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _refuse(
-    query: Tensor, keys: Tensor | Parts, sinks: int, window: int, scoring: Scoring
-) -> None:
+def _refuse(query: Tensor, keys: Tensor | Parts, sinks: int, window: int, scoring: Scoring) -> None:
     for name, option in (("slopes", scoring.slopes), ("softcap", scoring.softcap)):
         if option is not None:
             raise UnsupportedOption(f"the fused step knows no {name}: stream through sinks.SinkCache instead")

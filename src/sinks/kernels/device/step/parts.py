@@ -13,7 +13,14 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 
 @jit
-def leave(
+def nothing(MEMBERS: constexpr, PADDED: constexpr) -> Value:
+    """A part of no slots."""
+    zeros = tl.zeros([MEMBERS], tl.float32)
+    return tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros - float("inf"), zeros, zeros
+
+
+@jit
+def _leave(
     state: Value, partials: Value, number: Value, notes: Value, GROUP: constexpr, PADDED: constexpr,
     MEMBERS: constexpr, STATISTICS: constexpr,
 ) -> None:  # fmt: skip
@@ -26,7 +33,7 @@ def leave(
 
 
 @jit
-def fold(
+def _fold(
     partials: Value, first: Value, notes: Value, scale: Value, GROUP: constexpr, PADDED: constexpr,
     MEMBERS: constexpr, SPLITS: constexpr, STATISTICS: constexpr,
 ) -> Value:  # fmt: skip
@@ -59,7 +66,7 @@ def fold(
 
 
 @jit
-def write(
+def _write(
     state: Value, out: Value, figures: Value, logits: Value, where: Value, scale: Value, HEADS: constexpr,
     GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, LOGITS: constexpr,
     STATISTICS: constexpr,
@@ -90,3 +97,30 @@ def write(
         tl.store(noted + step, tl.where(alive, mass / total, 0.0), mask=mine)
         tl.store(noted + 2 * step, tl.where(alive, entropy, 0.0), mask=mine)
         tl.store(noted + 3 * step, tl.where(alive, tl.exp2(peak * scale - log_sum), 0.0), mask=mine)
+
+
+@jit
+def finish(
+    state: Value, out: Value, figures: Value, partials: Value, arrivals: Value, logits: Value, where: Value,
+    scale: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr,
+    SPLITS: constexpr, LOGITS: constexpr, STATISTICS: constexpr,
+) -> None:  # fmt: skip
+    """Leave one's part; the last program to arrive folds all parts and writes, and clears the count for the next."""
+    row, kv_head, part, now = where
+    if SPLITS == 1:
+        _write(
+            state, out, figures, logits, (row, kv_head, now), scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS,
+            STATISTICS,
+        )  # fmt: skip
+    else:
+        place = row * (HEADS // GROUP) + kv_head
+        notes = tl.num_programs(2) * (HEADS // GROUP * SPLITS * MEMBERS * PADDED)
+        _leave(state, partials, place * SPLITS + part, notes, GROUP, PADDED, MEMBERS, STATISTICS)
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
+            whole = _fold(partials, place * SPLITS, notes, scale, GROUP, PADDED, MEMBERS, SPLITS, STATISTICS)
+            _write(
+                whole, out, figures, logits, (row, kv_head, now), scale, HEADS, GROUP, DIM, PADDED, MEMBERS, LOGITS,
+                STATISTICS,
+            )  # fmt: skip
+            tl.store(arrivals + place, 0)

@@ -1,7 +1,7 @@
 """What the kernel of a step reads from a ring and writes into it, in full precision or as int8.
 
-A full ring is (keys, values), `[seats, kv_heads, capacity, head_dim]`. An int8 one (CODED) is (sink keys, key codes, key
-scales, sink values, value codes, value scales): sinks in full, the window as codes times one scale a token and head.
+A full ring is (keys, values), `[seats, kv_heads, capacity, head_dim]`. An int8 one (CODED) is (sink keys, key codes,
+key scales, sink values, value codes, value scales): sinks in full, the window as codes times a scale of token and head.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -48,11 +48,10 @@ def read(
 
 
 @jit
-def put(
+def _put(
     ring: Value, pair: Value, slot: Value, new: Value, dims: Value, mine: Value, SINKS: constexpr, WINDOW: constexpr,
     DIM: constexpr, CODED: constexpr, WHICH: constexpr,
 ) -> Value:  # fmt: skip
-    """Write the new key or value [dims] into its slot if it is `mine` to do; as the ring keeps it, and its scale."""
     inside = (dims < DIM) & mine
     kept = new.to(ring[0].dtype.element_ty)
     scale = 1.0
@@ -71,3 +70,17 @@ def put(
     else:
         tl.store(ring[WHICH] + (pair * (SINKS + WINDOW) + slot) * DIM + dims, kept, mask=inside)
     return kept, scale
+
+
+@jit
+def put(
+    ring: Value, pair: Value, slot: Value, key: Value, value: Value, dims: Value, mine: Value, SINKS: constexpr,
+    WINDOW: constexpr, DIM: constexpr, CODED: constexpr,
+) -> Value:  # fmt: skip
+    """Write the new key and value [dims] into their slot if that is `mine` to do.
+
+    Returns the key as the ring keeps it, its scale, and the value and its scale.
+    """
+    key, key_scale = _put(ring, pair, slot, key, dims, mine, SINKS, WINDOW, DIM, CODED, 0)
+    value, value_scale = _put(ring, pair, slot, value, dims, mine, SINKS, WINDOW, DIM, CODED, 1)
+    return key, key_scale, value, value_scale
