@@ -2,11 +2,11 @@
 
     python benchmarks/gpu/engine.py --json benchmarks/results/engine-h200.json
 
-`streams`: tokens a second of an engine with so many streams, greedy or sampled with top-p, and of the bare step: the same rows through the
-model in a loop that does nothing else, whose next tokens stay on the device. They take turns; medians. `session`: the
-same for one session. `gap`: one stream writes while a long prompt is read; the longest time between two of its tokens,
-against the time of one chunk and of one step. `park`: milliseconds to put a stream away to the host, and to bring it
-back.
+`streams`: tokens a second of an engine with so many streams, greedy or sampled with top-p, and of the bare step: the
+same rows through the model in a loop that does nothing else, whose next tokens stay on the device. They take turns;
+medians. `session`: the same for one session. `gap`: one stream writes while a long prompt is read; the longest time
+between two of its tokens, against the time of one chunk and of one step. `park`: milliseconds to put a stream away to
+the host, and to bring it back.
 """
 
 from __future__ import annotations
