@@ -17,8 +17,8 @@ class Tiles:
     """How a product is cut: outputs and depth of a tile, warps of a program.
 
     For more rows than one also: how many tiles are on their way, whether the weight is the matrix units' left operand,
-    among how many programs the depth is split, and how many rows a program takes at most. `fetch` bytes of a row of
-    the weight are asked for before the kernel ahead has finished.
+    among how many programs the depth is split, and how many rows a program takes at most. For one row, each
+    program asks for `fetch` bytes of the next product's weight while it waits for the kernel ahead.
     """
 
     cols: int
@@ -76,33 +76,36 @@ class Product:
         return -(-self.outputs // tiles.cols)
 
     def one(
-        self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool, best: Tensor | None,
-        pdl: int,
+        self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool = False, best: Tensor | None = None,
+        following: Product | None = None, pdl: int = 0,
     ) -> None:  # fmt: skip
         """The first row of `given`, normalised here, into that of `out`, or added to it.
 
         `best` `[rows, places]` takes the largest outputs, and where they stand (`choose` empties it).
         """
-        programs, absent = self.programs(tiles), self.weight
+        programs, absent, after = self.programs(tiles), self.weight, following or self
         with on(absent.device):
             thin[(programs,)](
                 given, absent if self.gain is None else self.gain, *self._held(), out,
                 absent if best is None else best,
+                (after.weight, after.weight.nbytes // (2 if after.gated else 1), int(after.gated)),
                 (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
                 NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth,
+                FETCH=tiles.fetch if pdl and following is not None else 0,
                 **self._constants(tiles, residual, best, pdl),
             )  # fmt: skip
 
-    def many(self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None, pdl: int) -> None:
+    def many(
+        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None = None, pdl: int = 0
+    ) -> None:
         """The first `rows` of `given`, which the norm is behind, into those of `out`; with splits, [splits, rows]."""
         programs, absent = self.programs(tiles), self.weight
         taken = min(tiles.rows, max(16, power(rows)))  # a matrix unit takes 16 rows or more: the buffers have them
-        halves = 1 if self.bits == 4 else 2 * self.weight.element_size()
         deep = -(-self.depth // tiles.depth // tiles.splits) * tiles.depth
         with on(absent.device):
             wide[(-(-rows // taken), programs, tiles.splits)](
                 given, *self._held(), out, absent if best is None else best,
-                (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs, halves),
+                (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs),
                 ROWS=taken, TURNED=tiles.turned, STAGES=tiles.stages, TYPE=_KINDS[self.dtype], num_stages=tiles.stages,
                 **self._constants(tiles, False, best, pdl),
             )  # fmt: skip
@@ -114,7 +117,7 @@ class Product:
         return {
             "COLS": tiles.cols, "DEPTH": tiles.depth, "GATED": self.gated, "GELU": self.gelu, "RESIDUAL": residual,
             "BIAS": self.bias is not None, "BITS": self.bits, "PLACES": 0 if best is None else best.shape[1],
-            "FETCH": tiles.fetch if pdl else 0, "num_warps": tiles.warps, **chained(pdl),
+            "num_warps": tiles.warps, **chained(pdl),
         }  # fmt: skip
 
 
@@ -138,9 +141,21 @@ def tiles_for(product: Product, rows: int) -> Tiles:
     if product.dtype is torch.float32 and rows > 1:
         return Tiles(16, 64, 4, 3)
     if rows == 1:
-        return Tiles(4, 1024, 4) if product.depth <= 1024 else Tiles(2, 2048, 4)
+        return _tiles_for_one(product)
     if rows <= 16:
-        return Tiles(16, 256, 2, 4) if product.splits else Tiles(64, 64, 4, 5, True)
+        if product.splits:
+            return Tiles(64, 128, 4, 4, True, 4)
+        return Tiles(32, 128, 4, 4) if product.gated else Tiles(64, 64, 4, 6, True)
     if product.splits:
-        return Tiles(16, 128, 4, 5)
+        return Tiles(64, 128, 4, 4, True, 4) if product.depth > 4096 else Tiles(32, 128, 4, 4, splits=2)
     return Tiles(32, 128, 4, 4) if product.outputs < 4096 else Tiles(64, 64, 4, 5, True)
+
+
+def _tiles_for_one(product: Product) -> Tiles:
+    if product.outputs > 2**15:
+        return Tiles(8, 512, 2) if product.depth > 1024 else Tiles(16, 64, 1)
+    if product.gated:
+        return Tiles(8 if product.depth > 1024 else 4, 1024, 4)
+    if product.depth > 1024:
+        return Tiles(2, 2048, 4) if product.splits and product.depth > 2048 else Tiles(4, 1024, 4)
+    return Tiles(4, 1024, 4 if product.splits else 2)

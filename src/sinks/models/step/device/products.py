@@ -28,13 +28,21 @@ def ahead(PDL: constexpr) -> None:
 
 
 @jit
-def _fetch(weight: Value, n: Value, low: Value, stride: Value, height: Value, SPAN: constexpr) -> None:
-    """Have the second-level cache fetch SPAN bytes of every row `n` from byte `low` on, a line of 128 a thread."""
-    column = tl.minimum(low + tl.arange(0, SPAN // 128) * 128, stride - 1)
-    places = weight.to(tl.pointer_type(tl.int8)) + tl.minimum(n, height - 1).to(tl.int64)[:, None] * stride
+def _fetch(weight: Value, number: Value, half: Value, gated: Value, FETCH: constexpr) -> None:
+    """Have the second-level cache fetch FETCH bytes of a weight, one program's share: till the wait ends the bus idles.
+
+    Of a weight of two halves, `half` bytes each, the same rows of both.
+    """
+    line = tl.arange(0, FETCH // 128) * 128
+    first = weight.to(tl.pointer_type(tl.int8))
+    if gated:
+        share = number.to(tl.int64) * (FETCH // 2) + line % (FETCH // 2)
+        places = tl.minimum(share, half - 1) + tl.where(line < FETCH // 2, 0, half)
+    else:
+        places = tl.minimum(number.to(tl.int64) * FETCH + line, half - 1)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(places + column[None, :]).to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(first + places).to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -165,18 +173,18 @@ def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: 
 
 @jit
 def thin(
-    x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
-    COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr,
-    BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr, FETCH: constexpr,
-    WHOLE: constexpr,
+    x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, following: Value,
+    sizes: Value, COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
+    RESIDUAL: constexpr, BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr,
+    FETCH: constexpr, WHOLE: constexpr,
 ) -> None:  # fmt: skip
     """One row, by multiply and add. WHOLE: a tile has the whole depth.
 
+    `following`: the weight of the next product, the bytes of it or of one of its halves, and whether it has halves.
     `sizes`: depth, outputs, rows, programs, epsilon, rows of the weight. `BITS` 8: `scales` one number a row of the
     weight; 4: scale and centre of every 32 weights, two of which share a byte, 16 apart.
     """
     PACK: constexpr = 2 if BITS == 4 else 1
-    SIZE: constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     LANES: constexpr = DEPTH // 32 if BITS == 4 else DEPTH
     depth, count = sizes[0], sizes[1]
     stride = depth // PACK
@@ -189,7 +197,7 @@ def thin(
     if GATED:
         second = _weights(weight, count + n, k, stride, real & (k < stride)[None, :])
     if FETCH:
-        _fetch(weight, n, DEPTH * SIZE // PACK, stride * SIZE, sizes[5], FETCH)
+        _fetch(following[0], number, following[1], following[2], FETCH)
     ahead(PDL)
     made, extra = tl.zeros([COLS, LANES], tl.float32), tl.zeros([COLS, LANES], tl.float32)
     squares = tl.zeros([DEPTH // PACK], tl.float32)
@@ -268,13 +276,12 @@ def _times(weight: Value, given: Value, made: Value, TURNED: constexpr) -> Value
 def wide(
     x: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value, ROWS: constexpr,
     COLS: constexpr, DEPTH: constexpr, GATED: constexpr, GELU: constexpr, RESIDUAL: constexpr, BIAS: constexpr,
-    BITS: constexpr, PLACES: constexpr, PDL: constexpr, FETCH: constexpr, TURNED: constexpr, STAGES: constexpr,
-    TYPE: constexpr,
+    BITS: constexpr, PLACES: constexpr, PDL: constexpr, TURNED: constexpr, STAGES: constexpr, TYPE: constexpr,
 ) -> None:  # fmt: skip
     """ROWS rows of inputs that are normalised already, by matrix units. Programs: tiles of rows, of outputs, splits.
 
-    TURNED: the weight is the left, large operand. `sizes`: as for `thin`, then the depth of a split, the numbers of a
-    part of the result, half bytes of a weight.
+    TURNED: the weight is the left, large operand. `sizes`: as for `thin`, then the depth of a split, and the numbers of
+    a part of the result.
     """
     depth, count = sizes[0], sizes[1]
     begin(PDL)
@@ -282,10 +289,6 @@ def wide(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = number * COLS + tl.arange(0, COLS)
     low = part * sizes[6]
-    if FETCH:
-        _fetch(weight, n, low * sizes[8] // 2, depth * sizes[8] // 2, sizes[5], FETCH)
-        if GATED:
-            _fetch(weight, count + n, low * sizes[8] // 2, depth * sizes[8] // 2, sizes[5], FETCH)
     ahead(PDL)
     if TURNED:
         made, extra = tl.zeros([COLS, ROWS], tl.float32), tl.zeros([COLS, ROWS], tl.float32)

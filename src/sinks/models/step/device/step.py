@@ -42,7 +42,9 @@ class Chain:
     attention: bool
 
 
-CHAINED = Chain(1, False)
+def chain_for(rows: int) -> Chain:
+    """What measured fastest on an H200: many rows keep every multiprocessor busy, and who comes early is in the way."""
+    return Chain(2, True) if rows == 1 else Chain(1, rows <= 16)
 
 
 class DeviceModel:
@@ -88,15 +90,14 @@ class DeviceStep:
     """
 
     def __init__(
-        self, weights: DeviceWeights, seats: Seats, chain: Chain = CHAINED,
+        self, weights: DeviceWeights, seats: Seats, chain: Callable[[int], Chain] = chain_for,
         tiles: Callable[[Product, int], Tiles] = tiles_for,
     ) -> None:  # fmt: skip
-        self.weights, self.tiles_for = weights, tiles
+        self.weights, self.chain_for, self.tiles_for = weights, chain, tiles
         self.rings, self.sizes, self.rotaries, self.start = seats.rings, seats.sizes, seats.rotaries, seats.start
         self.seats = len(seats.rings[0][0])
         self.device = weights.embed.device
         self.buffers = _Buffers(weights, power(self.seats), self.device)
-        self.chain = chain if self.device.type == "cuda" else Chain(0, False)
         self.captures = 0
         self._programs: dict[int, _Program] = {}
         self._pool: Any = None
@@ -154,6 +155,7 @@ class _Program:
         self.step, self.rows, self.device = weakref.proxy(step), rows, step.device
         self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
         self.control[2] = -1
+        self.chain = step.chain_for(rows) if step.device.type == "cuda" else Chain(0, False)
         self.graph: Any = None
         self.best = torch.full((rows, PLACES), torch.iinfo(torch.int64).min, device=step.device)
         self.attend, self.tables = self._attends(step)
@@ -170,7 +172,7 @@ class _Program:
                     query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
                     window=window, scoring=Scoring(block.scale, rotary), start=step.start,
                 )  # fmt: skip
-                made = replace(made, cut=replace(made.cut, overlap=step.chain.attention))
+                made = replace(made, cut=replace(made.cut, overlap=self.chain.attention))
                 shared[key] = made, made.tables(self.control[2])
             made, tables = shared[key]
             norms = None
@@ -222,17 +224,18 @@ class _Program:
             )
             for made, tables in self.tables:
                 made.tables(positions, tables)
-            for layer, block in enumerate(weights.blocks):
-                self._block(layer, block)
-            self._after_norm(weights.head, buffers.logits, self.best)
+            nexts = [block.qkv for block in weights.blocks[1:]]
+            for layer, (block, behind) in enumerate(zip(weights.blocks, [*nexts, weights.head], strict=True)):
+                self._block(layer, block, behind)
+            self._after_norm(weights.head, buffers.logits, None, self.best)
             choose[(rows,)](
-                self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(step.chain.products)
+                self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(self.chain.products)
             )
 
-    def _block(self, layer: int, block: DeviceBlock) -> None:
+    def _block(self, layer: int, block: DeviceBlock, behind: Product) -> None:
         step: Any = self.step
         buffers, rows, (queries, keys) = step.buffers, self.rows, step.weights.heads
-        self._after_norm(block.qkv, buffers.heads)
+        self._after_norm(block.qkv, buffers.heads, block.out)
         heads = buffers.heads[:rows]
         query, key, value = heads.split((queries, keys, keys), dim=1)
         (attend, tables), ring = self.attend[layer], step.rings[layer]
@@ -241,43 +244,38 @@ class _Program:
             attend_step(attend, query, key, value, ring[0], ring[1], *places)
         else:
             attend_step(attend, query, key, value, (ring[0], ring[1], ring[2]), (ring[3], ring[4], ring[5]), *places)
+        self._branch(block.out, buffers.seen, block.gate_up, block.after_attention)
+        self._after_norm(block.gate_up, buffers.inner, block.down)
+        self._branch(block.down, buffers.inner, behind, block.after_mlp)
 
-        self._branch(block.out, buffers.seen, block.after_attention)
-        self._after_norm(block.gate_up, buffers.inner)
-        self._branch(block.down, buffers.inner, block.after_mlp)
-
-    def _branch(self, product: Product, given: Tensor, after: Norm | None) -> None:
+    def _branch(self, product: Product, given: Tensor, behind: Product, after: Norm | None) -> None:
         """What goes to the residual: at once, or in parts that the next norm adds up."""
         step: Any = self.step
-        tiles = step.tiles_for(product, self.rows)
-        if self.rows == 1 and after is None:
-            product.one(given, step.buffers.states, tiles, residual=True, best=None, pdl=step.chain.products)
-            return
+        tiles, at_once = step.tiles_for(product, self.rows), self.rows == 1 and after is None
         if self.rows == 1:
-            product.one(given, step.buffers.branch, tiles, residual=False, best=None, pdl=step.chain.products)
+            out = step.buffers.states if at_once else step.buffers.branch
+            product.one(given, out, tiles, residual=at_once, following=behind, pdl=self.chain.products)
         else:
-            product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.chain.products)
-        self.pending = (1 if self.rows == 1 else tiles.splits, after)
+            product.many(given, step.buffers.branch, self.rows, tiles, pdl=self.chain.products)
+        if not at_once:
+            self.pending = (1 if self.rows == 1 else tiles.splits, after)
 
-    def _after_norm(self, product: Product, out: Tensor, best: Tensor | None = None) -> None:
+    def _after_norm(self, product: Product, out: Tensor, behind: Product | None, best: Tensor | None = None) -> None:
         """The product of the normalised residual, to which what is pending has been added."""
         step: Any = self.step
-        buffers, tiles = step.buffers, step.tiles_for(product, self.rows)
+        buffers, tiles, gain, pdl = step.buffers, step.tiles_for(product, self.rows), product.gain, self.chain.products
         parts, after = self.pending
         if self.rows == 1 and parts == 0:
-            product.one(buffers.states, out, tiles, residual=False, best=best, pdl=step.chain.products)
+            product.one(buffers.states, out, tiles, best=best, following=behind, pdl=pdl)
             return
-        width = product.depth
-        gain = product.gain
         join[(self.rows,)](
             buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
-            (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width),
-            PARTS=parts, AFTER=after is not None,
-            WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
+            (product.depth, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * product.depth),
+            PARTS=parts, AFTER=after is not None, WIDTH=power(product.depth), OFFSET=product.offset, num_warps=8,
+            **chained(pdl),
         )  # fmt: skip
         self.pending = (0, None)
         if self.rows == 1:
-            bare = replace(product, gain=None)
-            bare.one(buffers.normed, out, tiles, residual=False, best=best, pdl=step.chain.products)
+            replace(product, gain=None).one(buffers.normed, out, tiles, best=best, following=behind, pdl=pdl)
         else:
-            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=step.chain.products)
+            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=pdl)
