@@ -369,9 +369,9 @@ class Engine:
 
     def start(self) -> Engine:
         """Step in a thread of its own from now on, whenever there is something to do; see `warm_up`."""
-        warm_up(self._ground)
-        with self._lock:
+        with self.between_steps():
             self._check_open(None)
+            warm_up(self._ground)
             self._worker.start()
         return self
 
