@@ -59,6 +59,10 @@ MANY = [
     Tiles(64, 64, 4, 5, True), Tiles(64, 128, 4, 4, True), Tiles(32, 128, 4, 4), Tiles(16, 128, 4, 5),
     Tiles(64, 64, 4, 6),
 ]  # fmt: skip
+BIG = [
+    Tiles(64, 64, 4, 5, True), Tiles(128, 64, 8, 4, True, rows=128), Tiles(128, 64, 8, 4, rows=128),
+    Tiles(64, 64, 8, 4, True, rows=256), Tiles(128, 64, 8, 3, True, rows=256),
+]  # fmt: skip
 CHAINS = (Chain(1, False), Chain(1, True), Chain(2, True))
 
 
@@ -84,12 +88,12 @@ def candidates(name: str, product: Product, case: tuple[str, int, str]) -> list[
     shape, rows, quant = case
     if rows == 1:
         return PACKED["int8" if product.bits == 8 else "int4"] if quant != "none" else ONE[shape][name]
-    tiles = FEW if rows <= 16 else MANY
+    tiles = FEW if rows <= 16 else MANY if rows <= 64 else BIG
     if not product.splits:
         return tiles
     return [
         replace(each, splits=splits) for each in tiles for splits in (1, 2, 4)
-        if 48 <= product.outputs // each.cols * splits <= 400 or splits == 1
+        if 48 <= product.outputs // each.cols * splits * -(-rows // each.rows) <= 400 or splits == 1
     ]  # fmt: skip
 
 
