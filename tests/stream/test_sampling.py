@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from sinks.errors import InvalidInput, UnsupportedOption
-from sinks.stream.sampling import GREEDY, Sampler, Sampling
+from sinks.stream.sampling import GREEDY, Choices, Sampler, Sampling, drawn, filtered
 
 VOCABULARY = 40
 
@@ -73,7 +74,7 @@ def test_logits_are_those_of_transformers(sampling: Sampling, seed: int, history
     untouched = logits.clone()
     ours = sampler(sampling).penalised(logits, history)
     if not sampling.greedy:
-        ours = sampler(sampling).filtered(ours)
+        ours = filtered(sampling, ours)
     expected = theirs(sampling, logits.clone(), history)
     assert torch.equal(ours, expected)
     assert torch.equal(logits, untouched)
@@ -81,17 +82,59 @@ def test_logits_are_those_of_transformers(sampling: Sampling, seed: int, history
         assert sampler(sampling).choose(logits, history) == int(expected.argmax())
     else:
         torch.manual_seed(seed)
-        drawn = int(torch.multinomial(expected.softmax(-1), 1))
-        assert sampler(sampling, seed).choose(logits, history) == drawn
+        drawing = int(torch.multinomial(expected.softmax(-1), 1))
+        assert sampler(sampling, seed).choose(logits, history) == drawing
+        number = torch.rand(1, dtype=torch.float64)
+        shares = expected.double().softmax(-1).tolist()
+        upto = next(n for n, whole in enumerate(accumulate(shares)) if float(number) * math.fsum(shares) < whole)
+        assert int(drawn(filtered(sampling, sampler(sampling).penalised(logits, history))[None], number)) == upto
 
 
 def test_the_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2, 1e-30]).log()
     drawing = sampler(Sampling(temperature=1.0))
     counts = torch.bincount(torch.tensor([drawing.choose(logits) for _ in range(4000)]), minlength=4) / 4000
+    numbers = torch.rand(4000, dtype=torch.float64)
+    on_a_gpu = torch.bincount(drawn(logits.expand(4000, 4), numbers), minlength=4) / 4000
     # Five standard deviations of a share at 4,000 draws are 0.04.
-    torch.testing.assert_close(counts, logits.exp(), rtol=0, atol=0.04)
-    assert counts[3] == 0
+    for each in (counts, on_a_gpu):
+        torch.testing.assert_close(each, logits.exp(), rtol=0, atol=0.04)
+        assert each[3] == 0
+
+
+@settings(max_examples=100)
+@given(asked=st.lists(st.tuples(SETTINGS, st.integers(0, 99)), min_size=1, max_size=6))
+def test_rows_together_choose_what_each_chooses_alone(asked: list[tuple[Sampling, int]]) -> None:
+    logits = 3 * torch.randn(len(asked), VOCABULARY, generator=torch.Generator().manual_seed(1))
+    rows = [(sampler(sampling, seed), own, [3, seed % 7]) for (sampling, seed), own in zip(asked, logits, strict=True)]
+    found = Choices(rows)
+    for number, (one, own, history) in enumerate(rows):
+        try:
+            told: object = found.of(number)
+        except UnsupportedOption as error:
+            told = str(error)
+        try:
+            alone: object = one.choose(own, history)
+        except UnsupportedOption as error:
+            alone = str(error)
+        assert told == alone
+
+
+def test_rows_that_leave_no_choice_fail_alone() -> None:
+    rows = [torch.tensor([1.0, math.nan]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])]
+    biased = sampler(Sampling(logit_bias={7: 1.0}))
+    found = Choices([(sampler(GREEDY), rows[0], []), (biased, rows[1], []), (sampler(GREEDY), rows[2], [])])
+    with pytest.raises(UnsupportedOption, match="no token is left"):
+        found.of(0)
+    with pytest.raises(InvalidInput, match="names token 7"):
+        found.of(1)
+    assert found.of(2) == 1
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    scores = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    for number, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)):
+        assert drawn(scores, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
 
 
 def test_greedy_takes_the_first_of_equals_and_keeps_double_precision() -> None:

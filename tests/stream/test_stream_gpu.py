@@ -15,7 +15,7 @@ from sinks.models.attach import attach, detach
 from sinks.models.load import Loaded
 from sinks.stream.engine.engine import Engine
 from sinks.stream.session import Session
-from tests.stream.opened import IDS, SINKS, WARM, WINDOW, tiny_loaded
+from tests.stream.opened import IDS, SINKS, WINDOW, tiny_loaded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def test_a_session_is_the_same_on_both(on_gpu: Loaded, kind: Kind, tmp_path: Pat
     for loaded in (tiny_loaded(), on_gpu):
         session = Session(loaded, SINKS, WINDOW, chunk=5, cache=kind)
         surprise = session.score(IDS[:40]).nll
-        text = "".join(session.generate(20, sampling=WARM))
+        text = "".join(session.generate(20))
         session.save(tmp_path / loaded.model.device.type)
         told.append((surprise, text, session.evicted))
     (on_cpu, text, evicted), (surprise, same, also) = told
@@ -57,7 +57,7 @@ def test_a_session_moves_from_one_to_the_other(on_gpu: Loaded, tmp_path: Path) -
     session.save(tmp_path / "moved")
     elsewhere = Session(tiny_loaded(), SINKS, WINDOW)
     elsewhere.load(tmp_path / "moved")
-    assert "".join(elsewhere.generate(20, sampling=WARM)) == "".join(session.generate(20, sampling=WARM))
+    assert "".join(elsewhere.generate(20)) == "".join(session.generate(20))
 
 
 def test_rows_of_an_engine_are_sessions(on_gpu: Loaded) -> None:

@@ -14,13 +14,15 @@ from transformers.cache_utils import Cache
 from sinks.cache.arrival import Arrival, Block
 from sinks.cache.plan import Plan, check_whole
 from sinks.cache.rings.quantized import QuantizedRing
-from sinks.cache.rings.ring import Ring
+from sinks.cache.rings.ring import Gate, Ring
+from sinks.cache.rings.seats import Seat, laid_open, why_not_open
 from sinks.cache.rings.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
 from sinks.kernels.lens import Lens
+from sinks.kernels.phase import Rotary
 from sinks.kernels.scoring import Scoring
 from sinks.models.families import Scheme, base_of, describe
-from sinks.models.step.slots import StepSlots
+from sinks.models.step.slots import Seating, Seats, StepSlots
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 1020
@@ -45,10 +47,11 @@ class SinkCache(Cache):
     without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend.
     """
 
-    def __init__(
-        self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int, kind: Kind = "full"
-    ) -> None:
+    def __init__(self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int, kind: Kind = "full") -> None:
         super().__init__(layers=[RINGS[kind](layer_plan(plan, layer.own_window)) for layer in scheme.layers])
+        self._gate = Gate()
+        for ring in self.rings:
+            ring.gate = self._gate
         self.plan = plan
         self.kind: Kind = kind
         self.start = start
@@ -59,6 +62,15 @@ class SinkCache(Cache):
         self._offsets: list[int | None] = []
         self._arrival: Arrival | None = None
         self._broken = False
+        self._seats: Seats | None = None
+        self.seat: Seat | None = None
+        self.landing: torch.cuda.Event | None = None
+
+    seat: Seat | None
+    """Where it sits in a `Pool`; None: its memory is its own."""
+
+    landing: torch.cuda.Event | None
+    """When what it holds has arrived, if it is on its way: see `Pool.away`."""
 
     @classmethod
     def for_model(
@@ -137,6 +149,11 @@ class SinkCache(Cache):
         """Bytes of keys and values in all layers, scales included; constant from the first pass on."""
         return sum(ring.nbytes for ring in self.rings)
 
+    @property
+    def rotaries(self) -> list[Rotary | None]:
+        """How each layer is turned; None: it is not."""
+        return [None if layer.rotary is None else self._rotaries[layer.rotary] for layer in self._scheme.layers]
+
     def visible(self, row: int = 0) -> list[int]:
         """Which tokens of a row the newest one sees, counted from 0 in order of arrival, whatever `start` was."""
         if not self._seen:
@@ -161,11 +178,12 @@ class SinkCache(Cache):
             raise BrokenCache("an earlier forward pass failed half-way: reset() this cache and feed the stream again")
         if self._seen and rows != len(self._seen):
             raise InvalidInput(f"this cache holds {len(self._seen)} rows and was fed {rows}: reset() it first")
+        if self.seat is not None and rows != 1:
+            raise InvalidInput(f"this cache has a seat for one row, and was fed {rows}: take a seat for each")
         arrival = Arrival(self._seen or [0] * rows, columns, mask, self.start)
         self._offsets = check_positions(positions, arrival, self._offsets or [None] * rows)
         self._arrival = arrival
-        for ring in self.rings:
-            ring.accepts_update = True
+        self._gate.is_open = True
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, lenses: Sequence[Lens] = (), **options: Any
@@ -201,11 +219,38 @@ class SinkCache(Cache):
         (kind,) = kinds
         return open_slots(self.rings, self.plan, self._arrival, self._rotaries[str(kind)])
 
+    def step_seats(self) -> Seating | None:
+        """The seats for the pass now open, for a step that was captured over them; None where it cannot be."""
+        arrival = self._arrival
+        if arrival is None or arrival.columns != 1 or arrival.mask is not None:
+            return None
+        seats = self.seats
+        rows = range(len(arrival.seen)) if self.seat is None else [self.seat.number]
+        return None if seats is None else Seating(seats, rows, arrival.seen)
+
+    @property
+    def seats(self) -> Seats | None:
+        """The rings as a captured step takes them, for as long as they stay where they are; see `why_no_seats`."""
+        if self.seat is not None:
+            self.claim()
+            return self.seat.seats
+        if self._seats is None and self.why_no_seats() is None:
+            parts = [tuple(ring.parts.values()) for ring in self.rings]
+            self._seats = laid_open(self.rings, parts, self.rotaries, self.start)
+        return self._seats
+
+    def why_no_seats(self) -> str | None:
+        """What keeps a captured step from this cache, as half a sentence; None if nothing does."""
+        if self.seat is not None:
+            return self.seat.reason
+        if not all(ring.is_initialized for ring in self.rings):
+            return "it has read nothing yet, so that its memory is not claimed"
+        return why_not_open(self.rings, [tuple(ring.parts.values()) for ring in self.rings], self._scheme.slopes)
+
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, refuse any further use."""
         arrival, self._arrival = self._arrival, None
-        for ring in self.rings:
-            ring.accepts_update = False
+        self._gate.is_open = False
         if arrival is None or not complete:
             self._broken = True
             return
@@ -222,24 +267,54 @@ class SinkCache(Cache):
         if self._arrival is not None and (self._arrival.columns != 1 or self._arrival.mask is not None):
             raise CacheError("only a pass of one token a row, without pads, can be retracted")
         self._arrival = None
-        for ring in self.rings:
-            ring.accepts_update = False
+        self._gate.is_open = False
 
     # What may be copied and put away
 
     def fork(self) -> SinkCache:
-        """Another cache at the same moment of the same stream; from here on each goes its own way, sharing nothing."""
+        """Another cache at the same moment of the same stream; from here on each goes its own way, sharing nothing.
+
+        Its memory is its own, also where this one sits in a `Pool`.
+        """
+        twin = self.twin()
+        twin.adopt({name: held.clone() for name, held in self.dump().items()})
+        return twin
+
+    def twin(self) -> SinkCache:
+        """An empty cache of the same sizes for the same model."""
         owner = self._owner()
         if owner is None:
             raise CacheError("the model of this SinkCache is gone")
-        twin = SinkCache(self._scheme, self.plan, owner, self.start, self.kind)
-        twin.adopt({name: held.clone() for name, held in self.dump().items()})
-        return twin
+        return SinkCache(self._scheme, self.plan, owner, self.start, self.kind)
+
+    def sit(self, seat: Seat, places: Sequence[Mapping[str, Tensor]]) -> None:
+        """Live in the memory of a `Pool` from now on: `places[layer]` are that layer's parts, for one row. Forgets."""
+        self.reset()
+        self.seat = seat
+        for ring, place in zip(self.rings, places, strict=True):
+            ring.seat = place
+
+    def claim(self) -> None:
+        """Begin in the seat, where there is one and nothing was read."""
+        for ring in () if self._seen else self.rings:
+            ring.sit()
+
+    def leave(self) -> None:
+        """Give the seat back, if there is one, and be an empty cache with memory of its own."""
+        self.reset()
+        seat, self.seat = self.seat, None
+        for ring in self.rings:
+            ring.seat = None
+        if seat is not None:
+            seat.give_back()
 
     def dump(self) -> dict[str, Tensor]:
         """All that this cache holds, by name: its own tensors, not copies. It has keys and values only once fed."""
         if self._broken or self._arrival is not None:
             raise BrokenCache("an earlier forward pass failed half-way: this cache holds no moment of the stream")
+        if self.landing is not None:
+            self.landing.synchronize()
+            self.landing = None
         fed = [ring.columns_fed for ring in self.rings]
         offsets = [-1 if offset is None else offset for offset in self._offsets]
         counts = {"seen": self._seen, "offsets": offsets, "columns": fed}
@@ -250,7 +325,8 @@ class SinkCache(Cache):
         return held
 
     def adopt(self, held: Mapping[str, Tensor]) -> None:
-        """Become what `dump` gave of a cache of the same model and sizes. The tensors become this cache's own memory.
+        """Become what `dump` gave of a cache of the same model and sizes. The tensors become this cache's own memory,
+        or are copied into its seat.
 
         Raises InvalidInput where they do not fit; this cache is then as `reset` leaves it.
         """
@@ -269,14 +345,18 @@ class SinkCache(Cache):
     # What transformers asks of a cache
 
     def reset(self) -> None:
-        """Forget the stream and give its memory back; the cache can be used again."""
+        """Forget the stream and give its memory back, but for a seat; the cache can be used again."""
         self._seen, self._offsets, self._arrival, self._broken = [], [], None, False
+        self._seats = self.landing = None
         for ring in self.rings:
             ring.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i continue the present row `beam_idx[i]` (beam search)."""
         chosen = beam_idx.tolist()
+        if self.seat is not None and chosen != [0]:
+            raise UnsupportedOption("a cache with a seat in a pool is one row: choose rows of a cache without one")
+        self._seats = None
         self._seen = [self._seen[row] for row in chosen] if self._seen else []
         self._offsets = [self._offsets[row] for row in chosen] if self._offsets else []
         for ring in self.rings:

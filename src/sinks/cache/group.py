@@ -19,6 +19,7 @@ from sinks.cache.cache import SinkCache
 from sinks.cache.rings.ring import turn
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.lens import Lens
+from sinks.models.step.slots import Seating
 
 
 class Group(Cache):
@@ -79,6 +80,24 @@ class Group(Cache):
             if self.idle:
                 parts.append(parts[0].new_zeros(self.idle, *parts[0].shape[1:]))
             return torch.cat(parts)
+
+    def step_seats(self) -> Seating | None:
+        """The seats of the pass now open, where all caches sit in one pool; idle rows have position -1."""
+        first = self.caches[0].seat
+        if self._arrival is None or first is None or first.seats is None:
+            return None
+        rows = list[int]()
+        for cache in self.caches:
+            seat = cache.seat
+            if seat is None or seat.seats is not first.seats:
+                return None
+            rows.append(seat.number)
+        positions = list(self._arrival.seen)
+        for cache, position in zip(self.caches, positions, strict=False):
+            if position == 0:
+                cache.claim()
+        positions[len(rows) :] = [-1] * self.idle
+        return Seating(first.seats, rows + rows[:1] * self.idle, positions)
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, take every row back to before it."""

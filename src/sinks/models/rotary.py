@@ -35,8 +35,10 @@ def frequencies(
     buffer = getattr(module, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
     if buffer.dtype in (torch.float32, torch.float64):
         return buffer.detach().cpu().double()
-    compute = module.compute_default_rope_parameters if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
-    return compute(config, device=torch.device("cpu"), **by_type)[0].double()
+    if rope_type == "default":
+        with torch.device("cpu"):  # its own argument `device` is deprecated from transformers 5.17 on
+            return module.compute_default_rope_parameters(config, **by_type)[0].double()
+    return ROPE_INIT_FUNCTIONS[rope_type](config, device=torch.device("cpu"), **by_type)[0].double()
 
 
 def sinusoid_frequencies(rotary_dim: int) -> Float[Tensor, " pairs"]:

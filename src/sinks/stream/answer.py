@@ -6,7 +6,8 @@ that comes back: `Session` does so with one row, and an engine may with many.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
@@ -56,15 +57,29 @@ class Answer:
         The token belongs to the stream whatever it is: also one that ends the answer, or that completes a stop string.
         """
         token = self.sampler.choose(logits, history.last(self.sampler.sampling.lookback))
+        return token, self.accept(token, history)
+
+    def surely_goes_on(self, token: int) -> bool:
+        """Whether more will be written behind this token, whatever its text is; `write_on` may then be called."""
+        return not self.stops and token not in self.ends and (self.left is None or self.left > 1)
+
+    def write_on(self, token: int, history: History) -> Callable[[], str]:
+        """As `accept` where the answer surely goes on; the text is worked out when it is asked for, once, in order."""
+        if self.left is not None:
+            self.left -= 1
+        return partial(self.pieces.push, token, history.newest)
+
+    def accept(self, token: int, history: History) -> str:
+        """The text that can be said with this token, which was chosen to stand behind `history`; see `take`."""
         if self.left is not None:
             self.left -= 1
         if token in self.ends:
             self.finish = "end"
-            return token, self.pieces.finish(broken=True)
+            return self.pieces.finish(broken=True)
         piece = self.pieces.push(token, history.newest)
         if self.pieces.stopped:
             self.finish = "stop"
         elif self.left == 0:
             self.finish = "length"
             piece += self.pieces.finish()
-        return token, piece
+        return piece

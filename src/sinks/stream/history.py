@@ -27,6 +27,10 @@ class History:
 
     def extend(self, ids: Sequence[int]) -> None:
         """These tokens arrive; what leaves the window is told once everything is in its place."""
+        if len(ids) == 1 and not self.on_evict and self.seen >= self.plan.sinks:  # a decode step has no time to lose
+            self.recent.append(ids[0])
+            self.seen += 1
+            return
         begin = self.plan.sinks + self.evicted
         arriving = ids[max(0, self.plan.sinks - self.seen) :]
         leaving = max(0, len(self.recent) + len(arriving) - self.plan.window)

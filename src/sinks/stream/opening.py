@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from sinks.errors import InvalidInput
 from sinks.models.attach import attach
 from sinks.models.families import describe
 from sinks.models.load import Loaded, load
+from sinks.models.step.device.weights import why_no_device_step
+from sinks.models.step.hasten import hasten, is_hastened, steps_of
 from sinks.reading.advice import Advice, AdviceSettings, advise
 from sinks.reading.tokens import stream_ids
 from sinks.stream.chat import Dialogue
@@ -37,12 +39,22 @@ class Sizes:
 
 
 def loaded_from(model: Loaded | str | Path | None, options: Mapping[str, Any]) -> Loaded:
-    """The model by name (None: the built-in one) as `load` gives it with `options`, or as it was loaded; attached."""
+    """The model by name (None: the built-in one) as `load` gives it with `options`, or as it was loaded; `ready`."""
     if isinstance(model, Loaded) and options:
         raise InvalidInput(f"{', '.join(options)}: this model is loaded already: give them to load() instead")
     loaded = model if isinstance(model, Loaded) else load(model, **options)
-    attach(loaded.model)
-    return loaded
+    return ready(loaded)
+
+
+def ready(loaded: Loaded) -> Loaded:
+    """The same model, attached; on a GPU its decode steps are hastened where they can be, and the source says so."""
+    model = attach(loaded.model)
+    if model.device.type != "cuda" or is_hastened(model):
+        return loaded
+    if why_no_device_step(model) is None:
+        hasten(model)
+    notes = [note for note in (loaded.source.note, steps_of(model)) if note]
+    return replace(loaded, source=replace(loaded.source, note="; ".join(notes)))
 
 
 def pinned(loaded: Loaded, system: str | None, pin: str | None) -> int:

@@ -37,7 +37,10 @@ def pack(
     no_logits: Tensor,
     in_dialogue: bool,
 ) -> dict[str, Tensor]:
-    """The state by name; `no_logits` stands in where there are none. Shapes never depend on what was read."""
+    """The state by name; `no_logits`, whose type is wide enough for any, stands in where there are none.
+
+    Shapes and types never depend on what was read, nor on which step made the logits.
+    """
     pending = pieces.pending
     return {
         "session.seen": torch.tensor([history.seen], dtype=torch.int64),
@@ -45,7 +48,7 @@ def pack(
         "session.recent": fixed(list(history.recent), history.plan.window),
         "session.pending": fixed(list(pending), PENDING_BYTES),
         "session.generator": generator.get_state(),
-        "session.logits": no_logits if logits is None else logits,
+        "session.logits": no_logits if logits is None else logits.to(no_logits.dtype),
         "session.has_logits": torch.tensor([logits is not None]),
         "session.in_dialogue": torch.tensor([in_dialogue]),
     }

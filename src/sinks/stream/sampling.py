@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinks.errors import InvalidInput, UnsupportedOption
+from sinks.errors import InvalidInput, SinksError, UnsupportedOption
 
 COLDEST = 1e-4
 """Colder than this, logits divided by the temperature could overflow; 0 says greedy."""
@@ -94,6 +95,16 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken of the logits as they are."""
+        return self.greedy and not self.logit_bias and not self.lookback
+
+    @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """What turns logits into probabilities: rows that agree in it are computed together."""
+        return (0.0, 0, 1.0, 0.0) if self.greedy else (self.temperature, self.top_k, self.top_p, self.min_p)
+
+    @property
     def lookback(self) -> int:
         """How many tokens of history this sampling asks for."""
         return self.history if self.repetition_penalty != 1 or self.presence_penalty != 0 else 0
@@ -102,16 +113,27 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def no_choice(dtype: torch.dtype) -> UnsupportedOption:
+    """What is raised where the best of all logits is not finite."""
+    return UnsupportedOption(
+        f"no token is left to choose: the logits are not finite in {dtype}, or logit_bias forbids them all; load the "
+        "model as float32, or forbid less"
+    )
+
+
 class Sampler:
     """Chooses the tokens of one row: the settings of one answer, and random numbers of the row's own.
 
-    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved.
+    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved. On a CPU
+    tokens are those that `generate` of transformers draws; on a GPU one number of it decides a token, by the same
+    probabilities: what is drawn there is another sample.
     """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
         self.sampling = sampling
         self.generator = generator
         self._bias: tuple[Tensor, Tensor] | None = None
+        self._ahead: torch.Generator | None = None
 
     def begin(self) -> None:
         """Begin an answer: the random numbers begin anew where the settings give a seed."""
@@ -123,17 +145,20 @@ class Sampler:
 
         Raises UnsupportedOption where the model's logits are not finite or the settings leave no token.
         """
-        scores = self.penalised(logits if logits.dtype == torch.float64 else logits.float(), history)
-        best = scores.argmax()
-        if not math.isfinite(float(scores[best])):
-            raise UnsupportedOption(
-                f"no token is left to choose: the logits are not finite in {logits.dtype}, or logit_bias forbids them "
-                "all; load the model as float32, or forbid less"
-            )
-        if self.sampling.greedy:
-            return int(best)
-        probabilities = self.filtered(scores).softmax(dim=-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        token = Choices([(self, logits, history)]).of(0)
+        self.advance()
+        return token
+
+    def ahead(self) -> torch.Generator:
+        """The random numbers that decide the next token; the same again until `advance`."""
+        self._ahead = self.generator.clone_state()
+        return self._ahead
+
+    def advance(self) -> None:
+        """A token was chosen: what decided it is used up."""
+        if self._ahead is not None:
+            self.generator.set_state(self._ahead.get_state())
+            self._ahead = None
 
     def penalised(self, scores: Float[Tensor, " vocab"], history: Sequence[int]) -> Float[Tensor, " vocab"]:
         """Logits after bias and penalties; `scores` itself is left alone."""
@@ -144,28 +169,11 @@ class Sampler:
         recent = sorted({token for token in history[max(0, len(history) - sampling.history) :] if token < len(scores)})
         if not recent or not sampling.lookback:
             return scores
-        chosen = torch.tensor(recent, device=scores.device)
+        chosen = on_device(torch.tensor(recent), scores.device)
         found = scores[chosen]
         penalty = sampling.repetition_penalty
         found = torch.where(found < 0, found * penalty, found / penalty) - sampling.presence_penalty
         return scores.index_copy(0, chosen, found)
-
-    def filtered(self, scores: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        """Logits at this temperature, minus infinity where a filter has taken a token out."""
-        sampling = self.sampling
-        scores = scores / sampling.temperature
-        if sampling.top_k:
-            least = scores.topk(min(sampling.top_k, len(scores))).values[-1]
-            scores = scores.masked_fill(scores < least, -math.inf)
-        if sampling.top_p < 1:
-            ascending, order = scores.sort()
-            out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-            out[-1] = False  # the likeliest always stays
-            scores = scores.masked_fill(torch.zeros_like(out).scatter(0, order, out), -math.inf)
-        if sampling.min_p > 0:
-            probabilities = scores.softmax(dim=-1)
-            scores = scores.masked_fill(probabilities < sampling.min_p * probabilities.max(), -math.inf)
-        return scores
 
     def _bias_for(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The biased tokens and their bias, beside the scores; made once."""
@@ -173,6 +181,104 @@ class Sampler:
             bias = self.sampling.logit_bias
             if max(bias) >= len(scores):
                 raise InvalidInput(f"logit_bias names token {max(bias)}, and this model has {len(scores)} tokens")
-            values = torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
-            self._bias = torch.tensor(list(bias), device=scores.device), values
+            values = torch.tensor(list(bias.values()), dtype=scores.dtype)
+            self._bias = on_device(torch.tensor(list(bias)), scores.device), on_device(values, scores.device)
         return self._bias
+
+
+class Choices:
+    """The next token of many rows, each with settings, random numbers and a history of its own.
+
+    They are found on the logits' device when this is made, and fetched from there, once, when the first is asked for:
+    whoever does other work in between does not wait for a GPU. A row's random number is only looked at: `advance` its
+    sampler when the token is taken.
+    """
+
+    def __init__(self, asked: Sequence[tuple[Sampler, Float[Tensor, " vocab"], Sequence[int]]]) -> None:
+        self._dtypes = [logits.dtype for _, logits, _ in asked]
+        self._wrong: dict[int, SinksError] = {}
+        self._places: dict[int, int] = {}
+        alike: dict[object, list[tuple[Sampler, Tensor]]] = {}
+        numbers: dict[object, list[int]] = {}
+        for number, (sampler, logits, history) in enumerate(asked):
+            sampling = sampler.sampling
+            try:
+                scores = logits if sampling.plain else sampler.penalised(wide(logits), history)
+            except SinksError as error:
+                self._wrong[number] = error
+                continue
+            key = (sampling.filters, scores.dtype)
+            alike.setdefault(key, []).append((sampler, scores))
+            numbers.setdefault(key, []).append(number)
+        self._found = [_found(rows) for rows in alike.values()]
+        for place, number in enumerate(number for group in numbers.values() for number in group):
+            self._places[number] = place
+
+    @cached_property
+    def _told(self) -> list[list[float]]:
+        return torch.cat(self._found, dim=1).tolist()
+
+    def of(self, row: int) -> int:
+        """That of one row. Raises UnsupportedOption where its logits are not finite or its settings leave no token."""
+        if row in self._wrong:
+            raise self._wrong[row]
+        token, best = (each[self._places[row]] for each in self._told)
+        if not math.isfinite(best):
+            raise no_choice(self._dtypes[row])
+        return int(token)
+
+
+def _found(rows: Sequence[tuple[Sampler, Tensor]]) -> Float[Tensor, "2 rows"]:
+    """Tokens, and the best of all logits, of rows whose filters agree."""
+    samplers, scores = [sampler for sampler, _ in rows], torch.stack([scores for _, scores in rows])
+    best, tokens = scores.max(dim=-1)
+    sampling = samplers[0].sampling
+    if not sampling.greedy and scores.device.type == "cpu":
+        tokens = torch.stack([_drawn_as_transformers_does(*row) for row in zip(samplers, scores, best, strict=True)])
+    elif not sampling.greedy:
+        numbers = [torch.rand((), dtype=torch.float64, generator=sampler.ahead()) for sampler in samplers]
+        tokens = drawn(filtered(sampling, wide(scores)), on_device(torch.stack(numbers), scores.device))
+    return torch.stack((tokens.double(), best.double()))
+
+
+def _drawn_as_transformers_does(sampler: Sampler, scores: Tensor, best: Tensor) -> Tensor:
+    if not best.isfinite():
+        return torch.zeros((), dtype=torch.int64)  # nobody takes it
+    shares = filtered(sampler.sampling, wide(scores)).softmax(dim=-1)
+    return torch.multinomial(shares, 1, generator=sampler.ahead())[0]
+
+
+def filtered(sampling: Sampling, scores: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Logits at this temperature, minus infinity where a filter has taken a token out."""
+    scores = scores / sampling.temperature
+    if sampling.top_k:
+        least = scores.topk(min(sampling.top_k, scores.shape[-1])).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -math.inf)
+    if sampling.top_p < 1:
+        ascending, order = scores.sort()
+        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        out[..., -1] = False  # the likeliest always stays
+        scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
+    if sampling.min_p > 0:
+        probabilities = scores.softmax(dim=-1)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        scores = scores.masked_fill(probabilities < least, -math.inf)
+    return scores
+
+
+def drawn(scores: Float[Tensor, "rows vocab"], numbers: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token of each row whose share of [0, 1), in the order of the vocabulary, holds that row's number."""
+    upto = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    whole = upto[:, -1:]
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # a product that was rounded up would be past the last one
+    return torch.searchsorted(upto, torch.minimum(numbers[:, None] * whole, below), right=True)[:, 0]
+
+
+def wide(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Logits in at least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Small tensors of the host on the device, without waiting for what a GPU has still to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

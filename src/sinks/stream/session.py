@@ -19,6 +19,7 @@ from sinks.cache.fingerprint import fingerprint
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, CacheError, InvalidInput
+from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.advice import Advice
@@ -314,7 +315,7 @@ class Session:
         Raises SnapshotError if it cannot be written; an earlier file of that name is then untouched.
         """
         self._check_moment()
-        no_logits = torch.zeros(self._vocabulary_size, dtype=self.loaded.model.dtype)
+        no_logits = torch.zeros(self._vocabulary_size, dtype=table_dtype(self.loaded.model.dtype))
         extras = pack(self._history, self._pieces, self._generator, self._logits, no_logits, self._in_dialogue)
         write_snapshot(path, self._cache, self.fingerprint, extras)
 

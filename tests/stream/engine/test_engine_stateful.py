@@ -17,6 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from torch import Tensor
 
 from sinks.errors import EngineError, QueueFull
+from sinks.stream.engine import row as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import Request, Stream
 from sinks.stream.engine.row import Row
@@ -39,7 +40,7 @@ class Held:
 
     def catch_up(self) -> None:
         """Note what the engine read and wrote since, from what is visible; called after every step."""
-        row = self.stream.row
+        row = self.stream.moment
         if row is None:
             return
         seen = {start + n: token for start, ids in row.history.spans for n, token in enumerate(ids)}
@@ -54,9 +55,12 @@ class Engines(RuleBasedStateMachine):
     """One engine with few slots and a short queue, and sessions of the same model beside it."""
 
     streams = Bundle("streams")
+    seats = False
+    """Whether slots are seats of a pool, as on a GPU: a stream at rest is put away for one that needs its slot."""
 
     @initialize()
     def begin(self) -> None:
+        self.takes_seats, room.takes_seats = room.takes_seats, lambda model: self.seats
         self.folder = tempfile.TemporaryDirectory()
         self.engine = Engine(tiny_loaded(), SLOTS, SINKS, WINDOW, queue=4, chunk=5)
         self.all: list[Held] = []
@@ -65,6 +69,12 @@ class Engines(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "folder"):
             self.folder.cleanup()
+            room.takes_seats = self.takes_seats
+
+    @property
+    def full(self) -> bool:
+        scheduler = self.engine._scheduler
+        return self.engine.held == SLOTS and not (self.seats and any(not scheduler.busy(n) for n in scheduler.held))
 
     def held(self, stream: Stream, ids: list[int]) -> Held:
         self.all.append(Held(stream, ids))
@@ -76,7 +86,7 @@ class Engines(RuleBasedStateMachine):
             return self.held(self.engine.join(), [])
         session = opened()
         session.feed(ids)
-        if self.engine.held == SLOTS:
+        if self.full:
             with pytest.raises(QueueFull):
                 self.engine.join(session)
             return multiple()  # type: ignore[return-value]
@@ -117,7 +127,7 @@ class Engines(RuleBasedStateMachine):
 
     @rule(target=streams, held=streams)
     def fork(self, held: Held) -> Held:
-        if held.gone or held.stream.row is None or self.engine.held == SLOTS:
+        if held.gone or held.stream.moment is None or self.full:
             with pytest.raises(EngineError):
                 held.stream.fork()
             return multiple()  # type: ignore[return-value]
@@ -128,12 +138,22 @@ class Engines(RuleBasedStateMachine):
         self.files += 1
         path = Path(self.folder.name) / str(self.files)
         running = self.engine._scheduler.busy(held.stream.number)
-        if held.gone or held.stream.row is None or running:
+        if held.gone or held.stream.moment is None or running:
             with pytest.raises(EngineError):
                 held.stream.park(path)
             return
         held.stream.park(path)
         held.parked = path
+
+    @rule(held=streams)
+    def park_on_the_host(self, held: Held) -> None:
+        running = self.engine._scheduler.busy(held.stream.number)
+        if held.gone or held.stream.moment is None or running:
+            with pytest.raises(EngineError):
+                held.stream.park()
+            return
+        held.stream.park()
+        assert held.stream.row is None and held.stream.seen == len(held.ids)
 
     @rule(target=streams, held=streams)
     def resume(self, held: Held) -> Held:
@@ -153,7 +173,7 @@ class Engines(RuleBasedStateMachine):
     @invariant()
     def everyone_sees_what_it_should(self) -> None:
         for held in getattr(self, "all", ()):
-            row = held.stream.row
+            row = held.stream.moment
             if row is None:
                 continue
             ids, first = held.ids, max(SINKS, len(held.ids) - WINDOW)
@@ -164,7 +184,7 @@ class Engines(RuleBasedStateMachine):
     @invariant()
     def everyone_expects_what_a_fresh_reader_expects(self) -> None:
         for held in getattr(self, "all", ()):
-            row = held.stream.row
+            row = held.stream.moment
             session = opened()
             if row is not None:
                 twin = row.fork()
@@ -183,13 +203,16 @@ class Engines(RuleBasedStateMachine):
             rows = [held for held in self.all if held.stream.row is not None]
             assert len(rows) <= self.engine.held <= SLOTS and self.engine.waiting <= 4
             assert all(held.stream.row is None for held in self.all if held.gone or held.parked)
+            assert not self.seats or self.engine._ground.pool.free == SLOTS - len(rows)
             assert self.engine.nbytes == sum(held.stream.row.cache.nbytes for held in rows)
 
     @invariant()
     def nobody_shares_memory(self) -> None:
-        rows = [held.stream.row for held in getattr(self, "all", ()) if held.stream.row is not None]
+        rows = [held.stream.moment for held in getattr(self, "all", ()) if held.stream.moment is not None]
         tensors = [tensor for row in rows for tensor in tensors_of(row)]
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+        assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+        own = [tensor for row in rows if row.cache.seat is None for tensor in tensors_of(row)]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
 
 
 def tensors_of(row: Row) -> list[Tensor]:
@@ -197,5 +220,13 @@ def tensors_of(row: Row) -> list[Tensor]:
     return [tensor for ring in row.cache.rings if ring.is_initialized for tensor in ring.held]
 
 
-Engines.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+class SeatedEngines(Engines):
+    """The same with seats."""
+
+    seats = True
+
+
+for machine in (Engines, SeatedEngines):
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 TestEngines = pytest.mark.slow(Engines.TestCase)
+TestSeatedEngines = pytest.mark.slow(SeatedEngines.TestCase)

@@ -24,8 +24,17 @@ Observed = tuple[int, Sequence[Lens]] | None
 """The number of this layer, and the lenses that look at its attention; None: nobody looks."""
 
 
+class Gate:
+    """Whether a pass is open; the rings of one cache share it."""
+
+    is_open = False
+
+
 class Ring(CacheLayerMixin):
-    """`[batch, kv_heads, capacity, head_dim]` keys, each turned once by its stream position, and their values."""
+    """`[batch, kv_heads, capacity, head_dim]` keys, each turned once by its stream position, and their values.
+
+    They are memory of its own, or, where it has a `seat`, that of the seat: at one address for as long as it sits.
+    """
 
     is_sliding = False
     names: tuple[str, ...] = ("keys", "values")
@@ -35,12 +44,25 @@ class Ring(CacheLayerMixin):
         super().__init__()
         self.plan = plan
         self.columns_fed = 0
-        self.accepts_update = False
+        self.gate = Gate()
+        self.seat: Mapping[str, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Claim the memory of every slot, once and for all."""
+        if self.seat is not None:
+            self.sit()
+            return
         with torch.inference_mode(False):  # or a later pass outside of inference mode could not write
             self._claim(key_states, value_states)
+        self.is_initialized = True
+
+    def sit(self) -> None:
+        """Begin in the seat, which is cleared: what an earlier stream left there is nobody's."""
+        if self.seat is None or self.is_initialized:
+            return
+        for part in self.seat.values():
+            part.zero_()
+        self._hold(self.seat)
         self.is_initialized = True
 
     def _claim(self, key: Tensor, value: Tensor) -> None:
@@ -49,7 +71,7 @@ class Ring(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys through: the attention function, not the model, reads and writes the ring."""
-        if not self.accepts_update:
+        if not self.gate.is_open:
             raise NotAttached("this model is not attached: call sinks.attach(model) before feeding it a SinkCache")
         return key_states, value_states
 
@@ -142,9 +164,14 @@ class Ring(CacheLayerMixin):
         return sum(part.nbytes for part in self.parts.values()) if self.is_initialized else 0
 
     def adopt(self, parts: Mapping[str, Tensor], rows: int, columns_fed: int) -> None:
-        """Take over what an equal ring held; it becomes this ring's own memory. Raises InvalidInput if it differs."""
+        """Take over what an equal ring held. It becomes this ring's own memory, or is copied into the seat.
+
+        Raises InvalidInput if it differs.
+        """
         self._check(parts, rows)
-        self._hold(parts)
+        if self.seat is not None:
+            check_same(parts, self.seat)
+        self._settle(parts)
         self.columns_fed = columns_fed
         self.is_initialized = True
 
@@ -156,6 +183,14 @@ class Ring(CacheLayerMixin):
                     f"slots of shape {list(held.shape)} do not fit a ring of {self.plan.capacity} in {rows} rows"
                 )
 
+    def _settle(self, parts: Mapping[str, Tensor]) -> None:
+        """Hold these tensors, or, where there is a seat, what they say."""
+        if self.seat is not None:
+            for name, part in self.seat.items():
+                part.copy_(parts[name], non_blocking=True)  # from pinned memory; otherwise it waits
+            parts = self.seat
+        self._hold(parts)
+
     def _hold(self, parts: Mapping[str, Tensor]) -> None:
         self.keys, self.values = (parts[name] for name in self.names)
 
@@ -164,10 +199,10 @@ class Ring(CacheLayerMixin):
         if self.is_initialized:
             with torch.inference_mode(False):
                 chosen = {name: part.index_select(0, rows.to(part.device)) for name, part in self.parts.items()}
-            self._hold(chosen)
+            self._settle(chosen)
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
+        """Forget everything and give the memory back, if it is its own; a seat is kept."""
         self.keys = self.values = None
         self.is_initialized = False
         self.columns_fed = 0
@@ -183,6 +218,17 @@ class Ring(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of a mask over everything fed; an attached model builds none."""
         return self.columns_fed + query_length, 0
+
+
+def check_same(parts: Mapping[str, Tensor], seat: Mapping[str, Tensor]) -> None:
+    """Raise InvalidInput unless tensors have the shapes and types of those of a seat."""
+    for name, place in seat.items():
+        given = parts[name]
+        if (given.shape, given.dtype) != (place.shape, place.dtype):
+            raise InvalidInput(
+                f"{name} of shape {list(given.shape)} in {given.dtype} do not fit a seat of {list(place.shape)} in "
+                f"{place.dtype}"
+            )
 
 
 @dataclass(frozen=True, eq=False)

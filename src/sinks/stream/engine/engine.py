@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
-from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
-from sinks.models.attach import attach
+from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.load import Loaded
+from sinks.stream.engine.batch import choices, read_newest, warm_up
+from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
-from sinks.stream.engine.row import Given, Ground, Row, read_newest
+from sinks.stream.engine.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler, Turn
 from sinks.stream.engine.worker import Worker
+from sinks.stream.opening import ready
 from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import CHUNK, Session
@@ -49,17 +52,16 @@ class Engine:
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
-        self._scheduler = Scheduler(slots, queue, chunk)
-        attach(loaded.model)
-        self._ground = Ground(loaded, Plan(sinks, window), cache)
-        self._ground.empty_cache()  # refuses now what would be refused later
+        loaded = ready(loaded)
+        self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
+        self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
         self._size = slots if steady else 0
+        self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}
-        self._streams: dict[int, Stream] = {}
         self._numbers = 0
         self._closed: EngineClosed | None = None
-        self._lock = threading.RLock()  # the scheduler and the lists above; never held during a pass
-        self._stepping = threading.RLock()  # the rows; held during a step, and always taken before the other
+        self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
+        self._places = Places(self._scheduler, self._lock, self.dismiss)
         self._worker = Worker(self.step, self._on_fault)
 
     # What is asked of it, from any thread
@@ -124,9 +126,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        with self._lock:
-            if request.finish is None:
-                self._end(request, "cancelled")
+        self._end(request, "cancelled")
         self.wake()
 
     @property
@@ -147,16 +147,16 @@ class Engine:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in all slots."""
-        with self._lock:
-            rows = [stream.row for stream in self._streams.values()]
-        return sum(row.cache.nbytes for row in rows if row is not None)
+        return sum(row.cache.nbytes for row in self._places.rows())
 
     # One step
 
     def step(self) -> bool:
         """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
-        with self._stepping:
+        with self._places.between_steps():
             turn = self._schedule()
+            if turn.reads or not turn.writers:
+                self._say()
             for number, count in turn.reads:
                 self._read(number, count)
             self._write(turn.writers)
@@ -170,6 +170,9 @@ class Engine:
     def _schedule(self) -> Turn:
         with self._lock:
             admitted = [self._requests[number] for number in self._scheduler.admit()]
+        self._places.make_room()
+        if admitted:
+            self._say()
         for request in admitted:
             self._begin(request)
         with self._lock:
@@ -179,10 +182,9 @@ class Engine:
         """An admitted request: its stream gets a row, and what is to be read is known."""
         stream = request.stream
         try:
-            row = stream.row
-            if row is None:
-                row = Row(self._ground) if stream.source is None else Row.load(self._ground, stream.source)
+            row = stream.row or self._ground.take_up(stream.source)
             request.prepare(row)
+            row.sit()
         except Exception as error:
             self._fail(request, error)
             if stream.row is None:
@@ -190,9 +192,9 @@ class Engine:
             return
         with self._lock:
             if request.finish is not None and stream.once:
+                row.stand_up()
                 return  # cancelled a moment ago, and its slot is free already
-            stream.row, stream.source = row, None
-            self._streams[stream.number] = stream
+            self._places.seat(stream, row)
             if request.finish is None:
                 self._scheduler.begin(request.number, len(request.ids))
 
@@ -218,13 +220,16 @@ class Engine:
     def _write(self, writers: Sequence[int]) -> None:
         """One token of every request that is still there."""
         rows: dict[Request, Row] = {}
-        for request in [self._requests[number] for number in writers if number in self._requests]:
+        for request in filter(None, map(self._requests.get, writers)):
             row = request.stream.row
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
         self._predict({request: row for request, row in rows.items() if row.logits is None})
-        for request, row in rows.items():
-            self._choose(request, row)
+        answers = {each: each.answer for each in rows if each.answer is not None and each.finish is None}
+        chosen = choices([(rows[request], answer) for request, answer in answers.items()])
+        self._say()
+        for number, request in enumerate(answers):
+            self._choose(request, rows[request], partial(chosen.of, number))
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -249,46 +254,52 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row) -> None:
+    def _choose(self, request: Request, row: Row, chosen: Callable[[], int]) -> None:
         """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
         if request.finish is not None or request.answer is None:
             return
         try:
-            piece = row.take(request.answer)
+            piece = row.take(request.answer, chosen(), ahead=self._ground.pool is not None)
         except Exception as error:
             self._fail(request, error)
             return
         request.tokens += 1
-        self._hand_out(request, piece)
+        if isinstance(piece, str):
+            self._hand_out(request, piece)
+        else:
+            self._unsaid.append((request, piece))
+
+    def _say(self) -> None:
+        """Hand out what was chosen in the last step: on a GPU, while this one's pass is computed."""
+        while self._unsaid:
+            request, text = self._unsaid.popleft()
+            self._hand_out(request, text())
 
     def _hand_out(self, request: Request, piece: str) -> None:
         request.put(piece)
         if request.answer is not None and request.answer.finish is not None:
-            with self._lock:
-                if request.finish is None:
-                    self._end(request, request.answer.finish)
+            self._end(request, request.answer.finish)
 
     # Ends
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """End a request with what went wrong."""
-        with self._lock:
-            if request.finish is None:
-                self._end(request, "failed", failure_of(error))
+        self._end(request, "failed", failure_of(error))
 
     def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
-        self._scheduler.finish(request.number)
-        del self._requests[request.number]
-        request.close(finish, error)
-        if request.stream.once:
-            self.release(request.stream)
+        """End a request, unless it is over."""
+        with self._lock:
+            if request.finish is not None:
+                return
+            self._scheduler.finish(request.number)
+            del self._requests[request.number]
+            request.close(finish, error)
+            if request.stream.once:
+                self.release(request.stream)
 
     def release(self, stream: Stream) -> None:
         """Free a stream's slot and its memory."""
-        with self._lock:
-            self._scheduler.leave(stream.number)
-            stream.row = None
-            self._streams.pop(stream.number, None)
+        self._places.release(stream)
         self.wake()
 
     def dismiss(self, stream: Stream) -> None:
@@ -301,16 +312,19 @@ class Engine:
 
     # For streams
 
-    def between_steps(self) -> AbstractContextManager[Any]:
-        """No step runs inside."""
-        return self._stepping
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """No step runs inside, all that was chosen is said, and afterwards the slots of those who left are free."""
+        with self._places.between_steps():
+            self._say()
+            yield
 
     def row_of(self, stream: Stream) -> Row:
-        """The row of a stream that has one. Raises EngineError."""
+        """The row of a stream that is in memory. Raises EngineError."""
         self._check_open(stream)
-        if stream.row is None:
+        if stream.moment is None:
             raise EngineError("this stream holds no slot: it is parked, or nothing was read yet; submit a request")
-        return stream.row
+        return stream.moment
 
     @contextmanager
     def reserved(self, stream: Stream) -> Iterator[Row]:
@@ -326,7 +340,8 @@ class Engine:
             self._scheduler.reserve(number, stream.number)
         try:
             yield row
-            self.release(stream)
+            with self.between_steps():
+                self.release(stream)
         finally:
             with self._lock:
                 self._scheduler.finish(number)
@@ -336,12 +351,8 @@ class Engine:
         """A stream with this row, in a free slot. Raises QueueFull."""
         with self._lock:
             self._check_open(None)
-            if self.held >= self._scheduler.slots:
-                raise QueueFull(f"all {self.held} slots are taken: park a stream, or let one leave")
             stream = Stream(self, self._number())
-            stream.row, stream.begun = row, True
-            self._scheduler.held.add(stream.number)
-            self._streams[stream.number] = stream
+        self._places.bring(stream, row)
         return stream
 
     def _check_open(self, stream: Stream | None) -> None:
@@ -357,9 +368,10 @@ class Engine:
     # A thread that steps
 
     def start(self) -> Engine:
-        """Step in a thread of its own from now on, whenever there is something to do."""
-        with self._lock:
+        """Step in a thread of its own from now on, whenever there is something to do; see `warm_up`."""
+        with self.between_steps():
             self._check_open(None)
+            warm_up(self._ground)
             self._worker.start()
         return self
 
@@ -392,11 +404,10 @@ class Engine:
         with self._lock:
             self._closed = self._closed or why
         self._worker.end()
-        with self._stepping, self._lock:
+        with self.between_steps(), self._lock:
             for request in list(self._requests.values()):
                 self._end(request, "failed", why)
-            for stream in list(self._streams.values()):
-                self.release(stream)
+            self._places.release_all()
 
     def __enter__(self) -> Engine:
         return self

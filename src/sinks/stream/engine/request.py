@@ -166,7 +166,7 @@ class Stream:
         self.number = number
         self.once = once
         self.row: Row | None = None
-        self.source: Path | None = None
+        self.source: Path | Row | None = None
         self.begun = False
         self.gone: SinksError | None = None
         self._engine = engine
@@ -186,35 +186,51 @@ class Stream:
         )
 
     @property
+    def moment(self) -> Row | None:
+        """The row, in a slot or put away in memory; None for a stream that is in a file or has not begun."""
+        return self.source if isinstance(self.source, Row) else self.row
+
+    @property
     def seen(self) -> int:
-        """Tokens of the stream so far; 0 for one that is not in a slot."""
-        return self.row.history.seen if self.row else 0
+        """Tokens of the stream so far; 0 for one that is not in memory."""
+        row = self.moment
+        return row.history.seen if row else 0
 
     @property
     def evicted(self) -> int:
-        """Tokens that were let go; 0 for one that is not in a slot."""
-        return self.row.history.evicted if self.row else 0
+        """Tokens that were let go; 0 for one that is not in memory."""
+        row = self.moment
+        return row.history.evicted if row else 0
 
     @property
     def spans(self) -> list[tuple[int, list[int]]]:
         """What is visible: runs of tokens without a gap, each with the stream position of its first token."""
         with self._engine.between_steps():
-            return self.row.history.spans if self.row else []
+            row = self.moment
+            return row.history.spans if row else []
 
     def save(self, path: str | Path) -> None:
         """Write this moment, between two steps, also in the middle of an answer; `Session.load` takes it up too."""
         with self._engine.between_steps():
             moment = self._engine.row_of(self).fork()
+            moment.away()
         moment.save(path)  # the others go on meanwhile
 
-    def park(self, path: str | Path) -> None:
+    def park(self, path: str | Path | None = None) -> None:
         """Save, and free the slot and its memory. The next request waits for a slot and goes on from `path`.
+
+        Without a `path` the stream stays in memory of the host, as large as a slot, until it leaves: on a GPU that is
+        what frees a seat, and happens by itself to a stream at rest when another one needs it.
 
         Raises EngineError while a request is running: cancel it, or wait.
         """
         with self._engine.reserved(self) as row:
-            row.save(path)
-            self.source = Path(path)
+            if path is None:
+                with self._engine.between_steps():
+                    row.away()
+            else:
+                row.save(path)
+            self.source = row if path is None else Path(path)
 
     def fork(self) -> Stream:
         """Another stream at the same moment, in a slot of its own; it shares nothing with this one but the model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +10,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sinks.cache.cache import Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
-from sinks.cache.group import Group
 from sinks.cache.plan import Plan
+from sinks.cache.pool import Pool, away
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, InvalidInput
+from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.tokens import given_ids
@@ -35,13 +37,18 @@ Given = str | Sequence[int] | Tensor
 
 @dataclass(eq=False)
 class Ground:
-    """What all rows share: the model, its tokenizer, and the sizes of a slot."""
+    """What all rows share: the model, its tokenizer, the sizes of a slot, and on a GPU the memory of all `slots`."""
 
     loaded: Loaded
     plan: Plan
     kind: Kind = "full"
+    slots: int = 0
 
     def __post_init__(self) -> None:
+        self.empty_cache()  # refuses now what would be refused later
+        sizes: Any = {"sinks": self.plan.sinks, "window": self.plan.window, "cache": self.kind}
+        pooled = self.slots and takes_seats(self.loaded.model)
+        self.pool = Pool(self.loaded.model, self.slots, **sizes) if pooled else None
         self.vocabulary = Vocabulary(self.loaded.tokenizer)
         self.ends = ends_of(self.loaded)
 
@@ -64,6 +71,12 @@ class Ground:
         """A cache that has read nothing."""
         return SinkCache.for_model(self.loaded.model, sinks=self.plan.sinks, window=self.plan.window, cache=self.kind)
 
+    def take_up(self, source: Path | Row | None) -> Row:
+        """The stream that was put away as `source`, a file or in memory; a new one where there is none."""
+        if isinstance(source, Row):
+            return source
+        return Row(self) if source is None else Row.load(self, source)
+
     def encode(self, given: Given, begins: bool) -> list[int]:
         """The ids of a text, with the tokenizer's own BOS where it `begins` a stream, or ids, checked."""
         return given_ids(self.loaded.tokenizer, given, begins, self.tokens)
@@ -76,6 +89,11 @@ class Ground:
                 f"the slots of this engine have sinks={self.plan.sinks}, window={self.plan.window}, "
                 f"cache={self.kind}, start=0: use an engine of that size"
             )
+
+
+def takes_seats(model: PreTrainedModel) -> bool:
+    """Whether streams of this model live in a pool: on a GPU, where steps are captured over fixed addresses."""
+    return model.device.type == "cuda"
 
 
 class Row:
@@ -121,6 +139,25 @@ class Row:
         row.logits, row.in_dialogue = twin._logits, twin._in_dialogue
         return row
 
+    def sit(self) -> None:
+        """Take a seat, where slots are seats, and bring there what is in memory of its own or of the host."""
+        if self.logits is not None:
+            self.logits = self.logits.to(self.ground.loaded.model.device)
+        if self.ground.pool is not None and self.cache.seat is None:
+            self.cache = self.ground.pool.put(self.cache)
+
+    def away(self) -> None:
+        """Go on in memory of the host; the seat is free."""
+        self.check_moment()
+        self.cache = away(self.cache)
+        if self.logits is not None:
+            self.logits = self.logits.cpu()
+
+    def stand_up(self) -> None:
+        """Give the seat back, if there is one; the stream is then gone."""
+        if self.cache.seat is not None:
+            self.cache.leave()
+
     def check_moment(self) -> None:
         """Refuse to go on if something was broken off between the model's reading of tokens and our noting of them."""
         read, unread = sum(self.cache.seen), self.logits is None and self.history.seen > 0
@@ -143,7 +180,7 @@ class Row:
     def save(self, path: str | Path) -> None:
         """Write this moment, in the format of `Session.save`."""
         self.check_moment()
-        no_logits = torch.zeros(self.ground.tokens, dtype=self.ground.loaded.model.dtype)
+        no_logits = torch.zeros(self.ground.tokens, dtype=table_dtype(self.ground.loaded.model.dtype))
         extras = pack(self.history, self.pieces, self.generator, self.logits, no_logits, self.in_dialogue)
         write_snapshot(path, self.cache, self.ground.fingerprint, extras)
 
@@ -164,33 +201,14 @@ class Row:
         ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
         return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
-    def take(self, answer: Answer) -> str:
-        """Choose the next token from the logits, which must be there; returns the text that can be said with it."""
-        assert self.logits is not None
-        token, piece = answer.take(self.logits, self.history)
+    def take(self, answer: Answer, token: int, ahead: bool = False) -> str | Callable[[], str]:
+        """Go on with this token, which was chosen for `answer`; returns the text that can be said with it.
+
+        With `ahead` that may be a call which works it out, for when there is time: see `Answer.write_on`.
+        """
+        answer.sampler.advance()
+        later = ahead and answer.surely_goes_on(token)
+        piece = answer.write_on(token, self.history) if later else answer.accept(token, self.history)
         self.logits = None
         self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
         return piece
-
-
-@torch.inference_mode()
-def read_newest(rows: Sequence[Row], size: int) -> None:
-    """Read the newest token of each row in one pass, of `size` rows if that is more; each row then has its logits.
-
-    If the model raises on the way, every row is as it was before.
-    """
-    model, newest = rows[0].ground.loaded.model, list[list[int]]()
-    for row in rows:
-        row.check_moment()
-        assert row.history.newest is not None  # nothing is written behind an empty stream
-        newest.append([row.history.newest])
-    idle = max(0, size - len(rows))
-    group = Group([row.cache for row in rows], idle)
-    fed = torch.tensor([*newest, *[[0]] * idle], device=model.device)
-    try:
-        logits: Tensor = model(input_ids=fed, past_key_values=group, use_cache=True).logits[:, -1]
-    except BaseException:
-        group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
-        raise
-    for row, own in zip(rows, logits, strict=False):
-        row.logits = own

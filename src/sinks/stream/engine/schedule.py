@@ -7,7 +7,9 @@ The rules:
 2. Every writer writes one token at every turn.
 3. Readers take turns: at every turn the one that has waited longest reads at most `chunk` tokens, and what is left of
    the chunk goes to the next. So a turn costs no writer more than one chunk, however long the prompts are.
-4. A slot is held from a stream's first request until it leaves.
+4. A slot is held from a stream's first request until it leaves. With `parks`, a stream that is at rest may lose it:
+   where one that waits for its turn finds none, the stream that has rested longest is put away, first one for which
+   no request waits. Its own next request waits for a slot again, in its turn.
 """
 
 from __future__ import annotations
@@ -39,17 +41,23 @@ class Turn:
 class Scheduler:
     """Requests and the streams they belong to, by number; `slots` streams at once, `queue` requests waiting at most."""
 
-    def __init__(self, slots: int, queue: int, chunk: int) -> None:
+    def __init__(self, slots: int, queue: int, chunk: int, parks: bool = False) -> None:
         for name, value in (("slots", slots), ("queue", queue), ("chunk", chunk)):
             check_whole(name, value, least=1)
         self.slots, self.queue, self.chunk = slots, queue, chunk
+        self.parks = parks
         self.held: set[int] = set()
+        self.parting: dict[int, None] = {}
+        self._rests: dict[int, None] = {}  # streams in slots, the one that was used last comes last
         self._waiting: dict[int, int] = {}  # request -> stream, in order of submission
         self._running: dict[int, int] = {}  # request -> stream, admitted
         self._admitted: dict[int, None] = {}  # running, and not begun
         self._unread: dict[int, int] = {}  # reader -> tokens left to read
         self._readers: deque[int] = deque()
         self._writers: dict[int, None] = {}
+
+    parting: dict[int, None]
+    """Streams that lost their slot to another one: put each away, and say so with `parted`, before anybody begins."""
 
     def submit(self, request: int, stream: int) -> None:
         """Queue a request. Raises QueueFull."""
@@ -61,13 +69,38 @@ class Scheduler:
         """Give slots to those whose turn it is; returns everybody who was admitted and not begun: `begin` each."""
         busy = set(self._running.values())
         for request, stream in list(self._waiting.items()):
-            if stream in busy or (stream not in self.held and len(self.held) >= self.slots):
+            if stream in busy or not self.hold(stream):
                 continue
-            self.held.add(stream)
             busy.add(stream)
             self._running[request] = self._waiting.pop(request)
             self._admitted[request] = None
         return tuple(self._admitted)
+
+    def hold(self, stream: int) -> bool:
+        """Give a stream a slot, if there is one for it or it has one; it then counts as just used."""
+        if stream not in self.held and len(self.held) >= self.slots:
+            longest = self._longest_at_rest() if self.parks else None
+            if longest is None:
+                return False
+            self.leave(longest)
+            self.parting[longest] = None
+        self.held.add(stream)
+        self._used(stream)
+        return True
+
+    def _longest_at_rest(self) -> int | None:
+        busy, asked = set(self._running.values()), set(self._waiting.values())
+        resting = [stream for stream in self._rests if stream not in busy]
+        return next((stream for stream in resting if stream not in asked), next(iter(resting), None))
+
+    def _used(self, stream: int) -> None:
+        if stream in self.held:
+            self._rests.pop(stream, None)
+            self._rests[stream] = None
+
+    def parted(self, stream: int) -> None:
+        """A stream of `parting` was put away. It may hold another slot by now."""
+        self.parting.pop(stream, None)
 
     def begin(self, request: int, tokens: int) -> None:
         """An admitted request has `tokens` to read before it writes."""
@@ -100,7 +133,9 @@ class Scheduler:
     def finish(self, request: int) -> None:
         """This request is over, wherever it was; its stream keeps its slot."""
         self._waiting.pop(request, None)
-        self._running.pop(request, None)
+        stream = self._running.pop(request, None)
+        if stream is not None:
+            self._used(stream)
         self._admitted.pop(request, None)
         self._writers.pop(request, None)
         if self._unread.pop(request, None) is not None:
@@ -113,6 +148,8 @@ class Scheduler:
     def leave(self, stream: int) -> None:
         """Give the slot of a stream back."""
         self.held.discard(stream)
+        self._rests.pop(stream, None)
+        self.parting.pop(stream, None)
 
     def busy(self, stream: int) -> bool:
         """Whether a request of this stream is admitted and not over."""

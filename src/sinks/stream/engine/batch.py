@@ -1,0 +1,57 @@
+"""What the rows of one step do together: the pass that reads their newest tokens, and the choice of the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinks.cache.group import Group
+from sinks.models.step.hasten import LeanForward
+from sinks.stream.answer import Answer
+from sinks.stream.engine.row import Ground, Row
+from sinks.stream.sampling import Choices, Sampler
+
+
+@torch.inference_mode()
+def read_newest(rows: Sequence[Row], size: int) -> None:
+    """Read the newest token of each row in one pass, of `size` rows if that is more; each row then has its logits.
+
+    A GPU has not computed them yet when this returns. If the model raises on the way, every row is as it was before.
+    """
+    model, newest = rows[0].ground.loaded.model, list[list[int]]()
+    for row in rows:
+        row.check_moment()
+        assert row.history.newest is not None  # nothing is written behind an empty stream
+        newest.append([row.history.newest])
+    idle = max(0, size - len(rows))
+    group = Group([row.cache for row in rows], idle)
+    fed = torch.tensor([*newest, *[[0]] * idle], device=model.device)
+    try:
+        logits: Tensor = model(input_ids=fed, past_key_values=group, use_cache=True).logits[:, -1]
+    except BaseException:
+        group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
+        raise
+    for row, own in zip(rows, logits, strict=False):
+        row.logits = own
+
+
+def choices(writing: Sequence[tuple[Row, Answer]]) -> Choices:
+    """The next token of each of these answers, whose rows have their logits."""
+    asked = list[tuple[Sampler, Tensor, Sequence[int]]]()
+    for row, answer in writing:
+        assert row.logits is not None
+        asked.append((answer.sampler, row.logits, row.history.last(answer.sampler.sampling.lookback)))
+    return Choices(asked)
+
+
+def warm_up(ground: Ground) -> None:
+    """Capture the step of every number of rows now, not when it is first met, which takes up to a second each."""
+    forward, pool = ground.loaded.model.forward, ground.pool
+    if not isinstance(forward, LeanForward) or forward.device is None or pool is None or pool.seats is None:
+        return
+    step = forward.device.step(pool.seats)
+    for power in range((pool.size - 1).bit_length() + 1):
+        rows = 1 << power
+        step([0] * rows, [0] * rows, [-1] * rows)
