@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sinks.errors import UnsupportedModel
 from sinks.models.families import base_of
+from sinks.models.parallel.share import share_of
 from sinks.models.weights.packed import PackedLinear
 
 SHAPED = ("llama", "mistral", "qwen2", "qwen3")
@@ -61,6 +62,8 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it has no output head"
     if getattr(config, "hidden_act", None) != "silu":
         return f"its activation is {config.hidden_act}, not silu"
+    if share_of(model) is not None:
+        return "it is shared between processes"
     for block in base.layers:
         names = {name for name, _ in block.self_attn.named_children()}
         if names not in ATTENTION:
