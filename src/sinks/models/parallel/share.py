@@ -9,8 +9,9 @@ numbers, which equal sessions do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,13 +53,14 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """
     _check(model, mesh)
     base: Any = base_of(model)
-    tied = model.get_output_embeddings().weight is base.embed_tokens.weight
+    head: Any = model.get_output_embeddings()
+    tied = head.weight is base.embed_tokens.weight
     for layer in base.layers:
         _divide(layer, mesh, {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS})
     _divide(base, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
     _divide(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     if tied:
-        cast(Any, model.get_output_embeddings()).weight = base.embed_tokens.weight
+        head.weight = base.embed_tokens.weight
     _move_the_rest(model, _device_of(mesh))
     return model
 
@@ -91,8 +93,8 @@ def refuse_shared(model: nn.Module, what: str) -> None:
         )
 
 
-def _divide(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    parallelize_module(module, mesh, plan, src_data_rank=None)  # None: everybody cuts what is here, nothing is sent
+def _divide(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+    parallelize_module(module, mesh, dict(plan), src_data_rank=None)  # None: each cuts what it holds
 
 
 def _check(model: PreTrainedModel, mesh: DeviceMesh) -> None:

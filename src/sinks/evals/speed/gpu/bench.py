@@ -1,0 +1,148 @@
+"""The whole of `sinks bench gpu`: ceilings, decoding, attention, one after the other on one GPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from transformers import PreTrainedModel
+
+from sinks.assets.catalogue import DEFAULT_MODEL
+from sinks.cache.plan import Plan
+from sinks.errors import InvalidInput, SinksError
+from sinks.evals.speed.gpu.band import Attended, Statistics, Text, attended, statistics_cost
+from sinks.evals.speed.gpu.clock import copy_rate, need_gpu, product_rate
+from sinks.evals.speed.gpu.decode import Decoded, Entrant, Flatness, Writer, decode, entrants, flatness
+from sinks.evals.speed.gpu.shapes import SHAPES
+from sinks.models.load import load
+from sinks.models.step.device.step import DeviceModel
+from sinks.types import Stage, unwatched
+
+PARTS = ("decode", "attention")
+BUILT_IN = f"{DEFAULT_MODEL} (built in)"
+
+
+@dataclass(frozen=True)
+class GpuBench:
+    """What is measured: `models` name shapes, and the built-in model comes first where it is here.
+
+    A decode burst is `steps` tokens; `rounds` of them, and of every call of attention, are timed.
+    """
+
+    models: tuple[str, ...] = tuple(SHAPES)
+    rows: tuple[int, ...] = (1, 8, 64, 256)
+    plans: tuple[Plan, ...] = (Plan(4, 1020), Plan(4, 4092))
+    steps: int = 64
+    rounds: int = 9
+    texts: tuple[Text, ...] = (Text(16_384, 1_020, 128), Text(65_536, 4_092, 128), Text(16_384, 1_020, 64))
+    watched: tuple[Text, ...] = (Text(131_072, 1_020, 128), Text(131_072, 1_020, 64))
+    parts: tuple[str, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise InvalidInput(f"{', '.join(unknown)}: there is no such part: choose of {', '.join(PARTS)}")
+
+
+QUICK = GpuBench(
+    models=("SmolLM2-135M", "Llama-3.2-1B"), rows=(1, 64), plans=(Plan(4, 1020),), steps=32, rounds=5,
+    texts=(Text(16_384, 1_020, 128),), watched=(Text(131_072, 1_020, 128),),
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Measured:
+    """Everything that was found; `absent` says in a line each who or what could not be measured, and why."""
+
+    copy_rate: float
+    product_rate: float
+    decoded: list[Decoded] = field(default_factory=list)
+    flat: dict[str, Flatness] = field(default_factory=dict)
+    attended: list[Attended] = field(default_factory=list)
+    statistics: list[Statistics] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+
+def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
+    """Measure what `bench` says on the GPU of this process. Raises InvalidInput where there is none."""
+    need_gpu("bench gpu")
+    found = Measured(copy_rate(), product_rate())
+    if "decode" in bench.parts:
+        for name, build in models(bench, found.absent):
+            _decode_model(name, build(), bench, found, stage)
+            _clear()
+    if "attention" in bench.parts:
+        listen = stage("attention", len(bench.texts) + len(bench.watched))
+        for text in bench.texts:
+            found.attended += attended(text, bench.rounds, found.absent)
+            _clear()
+            listen(1)
+        for text in bench.watched:
+            found.statistics.append(statistics_cost(text, bench.rounds))
+            _clear()
+            listen(1)
+    found.absent = list(dict.fromkeys(found.absent))
+    return found
+
+
+def models(bench: GpuBench, absent: list[str]) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
+    """The models by name, one at a time; the built-in one as it is, the shapes with random weights."""
+    try:
+        built_in = load(dtype="bfloat16", device="cuda").model
+        yield BUILT_IN, lambda: built_in
+    except SinksError as error:
+        absent.append(f"{BUILT_IN}: {error}")
+    for name in bench.models:
+        yield f"{name} shape", SHAPES[name].build
+
+
+def _decode_model(name: str, model: PreTrainedModel, bench: GpuBench, found: Measured, stage: Stage) -> None:
+    cases = list(product(bench.plans, bench.rows))
+    listen = stage(name, len(cases) + 1)
+    packed = _packed(name, model, found.absent)
+    for plan, rows in cases:
+        said = f"{name}, {rows} rows, window {plan.window:,}"
+        ready = _ready(said, entrants(model, packed, plan, rows, bench.steps), found.absent)
+        if ready:
+            found.decoded += decode(name, model, ready, (plan, rows), found.copy_rate, bench.rounds)
+        ready.clear()
+        _clear()
+        listen(1)
+    if packed is not None:
+        case = bench.plans[0], bench.rows[0]
+        found.flat[name] = flatness(model, packed, case, bench.steps, bench.rounds)
+    listen(1)
+
+
+def _packed(name: str, model: PreTrainedModel, absent: list[str]) -> DeviceModel | None:
+    try:
+        return DeviceModel(model)
+    except SinksError as error:
+        absent.append(f"sinks on {name}: {error}")
+        return None
+
+
+def _ready(case: str, everybody: Iterable[Entrant], absent: list[str]) -> dict[str, Writer]:
+    """Those who come to the start: whoever fails there is absent, with the reason."""
+    ready: dict[str, Writer] = {}
+    for who, prepare in everybody:
+        try:
+            ready[who] = prepare()
+            ready[who].run(2)
+        except torch.cuda.OutOfMemoryError:
+            ready.pop(who, None)
+            absent.append(f"{who} on {case}: its memory does not fit beside the others'")
+        except Exception as error:  # a peer may fail in any way, and the others shall still be measured
+            ready.pop(who, None)
+            reason = next(iter(str(error).splitlines()), "")
+            absent.append(f"{who} on {case}: {type(error).__name__}: {reason}")
+    return ready
+
+
+def _clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
