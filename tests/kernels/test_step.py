@@ -201,6 +201,22 @@ def test_one_graph_serves_every_position() -> None:
     assert (torch.stack(outs, dim=2).double().cpu() - expected(stream)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("start", [0, 3, 2**31, 2**40 + 7])
+def test_rows_sit_where_they_are_told_and_heads_may_lie_in_one_buffer(start: int) -> None:
+    """Rows on seats 3 and 0 of four, views of one buffer, phases from `start` on: the same as without all that."""
+    stream = Stream(4, 12, 40, logits=0.5)
+    query, key, value = stream.heads_of()
+    keys = torch.full((4, 2, 16, 64), torch.nan, device=DEVICE)
+    values, positions, plain = keys.clone(), stream.positions(), play(stream)
+    step = Step.prepare(query[:, :, 0], keys, sinks=4, window=12, scoring=stream.scoring(), start=start)
+    seats, out = torch.tensor([3, 0], device=DEVICE), torch.empty(2, 4, 64, device=DEVICE)
+    for column in range(stream.length):
+        new = torch.cat([part[:, :, column] for part in (query, key, value)], dim=1).split([4, 2, 2], dim=1)
+        given, _ = attend_step(step, *new, keys, values, positions[:, column].contiguous(), seats, out)
+        assert given is out and (out - plain[:, :, column]).abs().max() < 2e-5
+    assert keys[1:3].isnan().all() and values[1:3].isnan().all(), "nobody sat there"
+
+
 def test_what_the_step_cannot_do_is_named() -> None:
     query, keys = torch.zeros(1, 2, 64, device=DEVICE), torch.zeros(1, 1, 6, 64, device=DEVICE)
     for scoring in (Scoring(1.0, softcap=1.0), Scoring(1.0, slopes=torch.ones(2))):

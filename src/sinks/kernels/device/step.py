@@ -42,9 +42,9 @@ def _write_new(
 ) -> Value:
     """Turn the new key, write it and its value into their slot; both as [16, dims], a matrix unit's least, one real."""
     column = tl.arange(0, 16)
-    only, rows = (column == 0)[:, None] & inside, source + column * 0
-    key = _load_turned(new[1], rows, dims, table, partner, only).to(ring[0].dtype.element_ty)
-    value = tl.load(new[2] + rows[:, None] + dims[None, :], mask=only, other=0.0).to(ring[1].dtype.element_ty)
+    only = (column == 0)[:, None] & inside
+    key = _load_turned(new[1], source[0] + column * 0, dims, table, partner, only).to(ring[0].dtype.element_ty)
+    value = tl.load(new[2] + source[1] + column[:, None] * 0 + dims[None, :], mask=only, other=0.0).to(ring[1].dtype.element_ty)
     places = place + column[:, None] * 0 + dims[None, :]
     tl.store(ring[0] + places, key, mask=only)
     tl.store(ring[1] + places, value, mask=only)
@@ -76,11 +76,14 @@ def _take(state: Value, scores: Value, values: Value, first: Value, scale: Value
 @jit
 def _step(
     new: Value, ring: Value, out: Value, figures: Value, partials: Value, arrivals: Value, positions: Value,
-    steps: Value, logits: Value, shape: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr,
-    DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, SLOTS: constexpr, SPLITS: constexpr,
-    INTERLEAVED: constexpr, LOGITS: constexpr, STATISTICS: constexpr,
+    seats: Value, steps: Value, logits: Value, shape: Value, sizes: Value, strides: Value, rotary: Value,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, PADDED: constexpr, MEMBERS: constexpr, SLOTS: constexpr,
+    SPLITS: constexpr, INTERLEAVED: constexpr, LOGITS: constexpr, STATISTICS: constexpr, SEATED: constexpr,
 ) -> None:  # fmt: skip
-    """`new`: query, key, value; `ring`: keys, values; `sizes`: slots a split, slots in all, first keys."""
+    """`new`: query, key, value; `ring`: keys, values; `sizes`: slots a split, slots in all, first keys, start.
+
+    `strides`: of a row and of a head, for the query, the key and the value in turn.
+    """
     part, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     KV_HEADS = HEADS // GROUP
     sinks, window, scale = shape
@@ -88,17 +91,18 @@ def _step(
     dims, member = tl.arange(0, PADDED), tl.arange(0, MEMBERS)
     partner = partners(dims, rotary, INTERLEAVED)
     inside, mine = (dims < DIM)[None, :], (member < GROUP)[:, None]
+    seat = tl.load(seats + row).to(tl.int64) if SEATED else row.to(tl.int64)
     token = tl.full([1], 0, tl.int64) + now
-    here = tables(token, dims, steps, rotary, INTERLEAVED)
-    in_cache = tables(tl.minimum(token, sinks + window - 1), dims, steps, rotary, INTERLEAVED)
-    heads = (row * HEADS + kv_head * GROUP + member) * DIM
+    here = tables(token + sizes[3], dims, steps, rotary, INTERLEAVED)
+    in_cache = tables(tl.minimum(token, sinks + window - 1) + sizes[3], dims, steps, rotary, INTERLEAVED)
+    heads = row * strides[0] + (kv_head * GROUP + member) * strides[1]
     query = _load_turned(new[0], heads, dims, here, partner, mine & inside).to(ring[0].dtype.element_ty)
     sink_query = _load_turned(new[0], heads, dims, in_cache, partner, mine & inside).to(ring[0].dtype.element_ty)
     slot = tl.where(now < sinks, now, sinks + (now - sinks) % window)
     count = tl.minimum(now + 1, sizes[1]).to(tl.int32)
     zeros = tl.zeros([MEMBERS], tl.float32)
     state = (tl.zeros([MEMBERS, PADDED], tl.float32), zeros, zeros - float("inf"), zeros, zeros)
-    held = (row * KV_HEADS + kv_head).to(tl.int64) * sizes[1] * DIM
+    held = (seat * KV_HEADS + kv_head) * sizes[1] * DIM
     low = part * sizes[0]
     for start in range(low, tl.minimum(low + sizes[0], count), SLOTS):
         column = start + tl.arange(0, SLOTS)
@@ -112,7 +116,7 @@ def _step(
         values = tl.load(ring[1] + places, mask=real, other=0.0)
         state = _take(state, scores, values, column < sizes[2], scale, STATISTICS)
     if (part == 0) & (now >= 0):
-        source = (row * KV_HEADS + kv_head) * DIM
+        source = (row * strides[2] + kv_head * strides[3], row * strides[4] + kv_head * strides[5])
         key, value = _write_new(new, ring, source, held + slot * DIM, dims, here, partner, inside)
         column = tl.arange(0, 16)
         scores = tl.where((column == 0)[None, :], _product(query, key), float("-inf"))
@@ -220,6 +224,7 @@ class Step:
     first_keys: int | None
     splits: int
     slots: int
+    start: int
     steps: Int[Tensor, " pairs"]
     partials: Float[Tensor, " numbers"]
     arrivals: Int[Tensor, " pairs_of_row_and_head"]
@@ -227,15 +232,18 @@ class Step:
     @staticmethod
     def prepare(
         query: Float[Tensor, "batch heads head_dim"],
-        keys: Float[Tensor, "batch kv_heads slots head_dim"],
+        keys: Float[Tensor, "seats kv_heads slots head_dim"],
         *,
         sinks: int,
         window: int,
         scoring: Scoring,
         first_keys: int | None = None,
         splits: int | None = None,
+        start: int = 0,
     ) -> Step:
-        """Check what will be asked for, and claim the memory of the parts.
+        """Check what will be asked for, and claim the memory of the parts, for as many rows as `query` has.
+
+        Token j of a stream has the phase of position `start + j`.
 
         Raises UnsupportedOption, naming another way, for what the kernel cannot do; InvalidInput for wrong sizes.
         """
@@ -251,7 +259,7 @@ class Step:
         numbers = batch * kv_heads * splits * members * (padded + 4) if splits > 1 else 1
         rotary = scoring.rotary
         return Step(
-            sinks, window, scoring, first_keys, splits, slots,
+            sinks, window, scoring, first_keys, splits, slots, start,
             torch.zeros(1, dtype=torch.int64, device=query.device) if rotary is None else rotary.steps.to(query.device),
             torch.empty(numbers, dtype=torch.float32, device=query.device),
             torch.zeros(batch * kv_heads, dtype=torch.int32, device=query.device),
@@ -263,31 +271,37 @@ def attend_step(
     query: Float[Tensor, "batch heads head_dim"],
     key: Float[Tensor, "batch kv_heads head_dim"],
     value: Float[Tensor, "batch kv_heads head_dim"],
-    keys: Float[Tensor, "batch kv_heads slots head_dim"],
-    values: Float[Tensor, "batch kv_heads slots head_dim"],
+    keys: Float[Tensor, "seats kv_heads slots head_dim"],
+    values: Float[Tensor, "seats kv_heads slots head_dim"],
     positions: Int[Tensor, " batch"],
+    seats: Int[Tensor, " batch"] | None = None,
+    out: Float[Tensor, "batch heads head_dim"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads head_dim"], Statistics | None]:
     """Turn the new token of every row, write it into its slot of `keys` and `values`, and attend; no gradient.
 
-    `query` and `key` arrive unturned; the ring holds keys turned by their stream positions, sinks in the first slots.
-    `positions`, int64 on the device, count each row's tokens from 0; -1 leaves a row alone and gives zeros. Nothing is
-    read back, so the call can be captured in a CUDA graph that also advances `positions`.
+    `query` and `key` arrive unturned, all three as they lie (views of one buffer, say) so long as a head is dense; the
+    ring holds keys turned by their stream positions, sinks in the first slots. `positions`, int64 on the device, count
+    each row's tokens from 0; -1 leaves a row alone and gives zeros. Row i works on seat `seats[i]` of the ring, or on
+    seat i; no two rows on one. The result goes into `out`, contiguous, if there is one. Nothing is read back, so the
+    call can be captured in a CUDA graph that also advances `positions`.
     """
     scoring, (batch, heads, head_dim), kv_heads = step.scoring, query.shape, key.shape[1]
-    new = tuple(part.contiguous() for part in (query, key, value))
-    out = torch.empty_like(new[0])
+    new = tuple(part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     figures = step.partials.new_empty((4, batch, heads) if step.first_keys is not None else (1,))
     rotary = (0, 0) if scoring.rotary is None else (scoring.rotary.first, scoring.rotary.width // 2)
     tiles = -(-(step.sinks + step.window) // step.slots)
     with on(query.device):
         _step[(step.splits, kv_heads, batch)](
-            new, (keys, values), out, figures, step.partials, step.arrivals, positions, step.steps,
+            new, (keys, values), out, figures, step.partials, step.arrivals, positions,
+            positions if seats is None else seats, step.steps,
             figures if scoring.sink_logits is None else scoring.sink_logits,
             (step.sinks, step.window, scoring.scale * LOG2E),
-            (-(-tiles // step.splits) * step.slots, step.sinks + step.window, step.first_keys or 0), rotary,
+            (-(-tiles // step.splits) * step.slots, step.sinks + step.window, step.first_keys or 0, step.start),
+            tuple(stride for part in new for stride in part.stride()[:2]), rotary,
             HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, PADDED=_power_of_two(head_dim),
             MEMBERS=_members(heads // kv_heads), SLOTS=step.slots, SPLITS=step.splits,
-            INTERLEAVED=scoring.rotary is not None and scoring.rotary.interleaved,
+            INTERLEAVED=scoring.rotary is not None and scoring.rotary.interleaved, SEATED=seats is not None,
             LOGITS=scoring.sink_logits is not None, STATISTICS=step.first_keys is not None, num_warps=4, num_stages=3,
         )  # fmt: skip
     if step.first_keys is None:
@@ -317,7 +331,7 @@ def _refuse(query: Tensor, keys: Tensor, sinks: int, window: int, scoring: Scori
     if keys.shape[2] != sinks + window or not keys.is_contiguous() or query.shape[1] % keys.shape[1]:
         raise InvalidInput(
             f"a ring of shape {list(keys.shape)} does not fit {sinks} sinks, a window of {window} and a query of shape "
-            f"{list(query.shape)}: give contiguous [batch, kv_heads, sinks + window, head_dim]"
+            f"{list(query.shape)}: give contiguous [seats, kv_heads, sinks + window, head_dim]"
         )
     if scoring.scale <= 0:
         raise InvalidInput(f"scale={scoring.scale}: a score is scaled by a number above 0")

@@ -1,0 +1,1 @@
+"""The decode step of a whole Llama-shaped model on a GPU, in one CUDA graph."""
