@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,46 +39,61 @@ READ = 512
 
 
 def main() -> None:
-    """Measure the whole model, share it, measure again; process 0 prints."""
+    """Measure the whole model, share it, measure again; process 0 prints, and writes what every process found."""
     parser = argparse.ArgumentParser(description="Tensor parallelism on one host.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--shape", choices=list(SHAPES), default="Llama-3-8B")
     given = parser.parse_args()
     with line("cuda") as mesh, torch.no_grad():
-        found: dict[str, Any] = {"machine": machine(), "processes": mesh.size(), "shape": given.shape}
-        found["copy_TB_s"] = round(copy_rate(), 3)
+        about = {"machine": machine(), "processes": mesh.size(), "shape": given.shape}
+        print(about, f"{copy_rate():.3f} TB/s", flush=True)
         model = SHAPES[given.shape].build()
         ids = torch.randint(model.config.vocab_size, (1, READ), device="cuda")
         exact = copy.deepcopy(model).float()(input_ids=ids, use_cache=False).logits.double()
         attach(model)
-        found["whole"] = measure(model, ids, exact)
+        whole = measure("whole", model, ids, exact)
         share(model, mesh)
-        found["shared"] = measure(model, ids, exact)
-        told = [None] * mesh.size()
+        found = {"whole": whole, "shared": measure("shared", model, ids, exact)}
+        told: list[Any] = [None] * mesh.size()
         dist.all_gather_object(told, found)
         if mesh.get_local_rank() == 0:
-            given.json.write_text(json.dumps({**found, "processes_found": told}, indent=2) + "\n")
-            print(json.dumps(told, indent=1))
+            given.json.write_text(json.dumps({**about, "processes_found": told}, indent=2) + "\n")
 
 
-def measure(model: PreTrainedModel, ids: Tensor, exact: Tensor) -> dict[str, Any]:
-    """Everything of one model, on this process's GPU."""
+def measure(what: str, model: PreTrainedModel, ids: Tensor, exact: Tensor) -> dict[str, Any]:
+    """Everything of one model, on this process's GPU; what fails says why, and the rest is measured."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() - exact.nbytes
-    logits = read(model, ids, SinkCache.for_model(model, sinks=PLAN.sinks, window=PLAN.window)).double()
-    error = float((logits - exact).norm() / exact.norm())
-    same = float((logits.argmax(-1) == exact.argmax(-1)).double().mean())
-    found: dict[str, Any] = {"weights_GB": round(held / 1e9, 3), "error": error, "same_greedy_token": same}
-    found["checksum"] = float(logits.sum())
+    parts: dict[str, Callable[[], Any]] = {
+        "weights_GB": lambda: round(held / 1e9, 3),
+        "logits": lambda: compared(model, ids, exact),
+        "prefill_tokens_per_second": lambda: round(prefill(model)),
+    }
     for rows in ROWS:
-        found[f"graph_{rows}"] = rated(graph_step(model, rows), rows)
-        found[f"session_{rows}"] = rated(session_step(model, rows), rows)
-    found["prefill_tokens_per_second"] = round(prefill(model))
-    found["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    found["bytes_of_whole_step"] = {rows: weight_bytes(model) + ring_bytes(model, PLAN, rows) for rows in ROWS}
+        parts[f"session_{rows}"] = lambda rows=rows: rated(session_step(model, rows), rows)
+        parts[f"graph_{rows}"] = lambda rows=rows: rated(graph_step(model, rows), rows)
+        parts[f"bytes_{rows}"] = lambda rows=rows: weight_bytes(model) + ring_bytes(model, PLAN, rows)
+    parts["peak_GB"] = lambda: round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        try:
+            found[name] = part()
+        except Exception as error:  # the same in every process, or torchrun ends them all
+            found[name] = f"{type(error).__name__}: {error}"
+        print(dist.get_rank(), what, name, found[name], flush=True)
     return found
+
+
+def compared(model: PreTrainedModel, ids: Tensor, exact: Tensor) -> dict[str, float]:
+    """How far the logits are from the exact ones, and their sum, which is the same in every process."""
+    logits = read(model, ids, SinkCache.for_model(model, sinks=PLAN.sinks, window=PLAN.window)).double()
+    return {
+        "relative_error": float((logits - exact).norm() / exact.norm()),
+        "same_greedy_token": float((logits.argmax(-1) == exact.argmax(-1)).double().mean()),
+        "sum": float(logits.sum()),
+    }
 
 
 def rated(milliseconds: float, rows: int) -> dict[str, float]:

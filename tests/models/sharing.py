@@ -35,6 +35,9 @@ CASES = {
     for tied in (False, True)
     for dtype in (torch.float64, torch.float32)
 }
+LEARNING = ("qwen2, tied, float64", "qwen3, untied, float64")
+"""Cases whose gradients are compared: biases, head norms, a table that is the head."""
+
 SIZES = (7, 1, 1, 30, 22, *[1] * 12)
 """Chunks and steps: filling, filled, and a chunk longer than the window."""
 
@@ -59,6 +62,14 @@ def streamed(model: PreTrainedModel) -> tuple[Tensor, SinkCache]:
             logits.append(model(input_ids=columns, past_key_values=cache, use_cache=True).logits)
             at += size
     return torch.cat(logits, dim=1), cache
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Of a loss of its own attention over a short text, whole, by parameter; tied ones once."""
+    model.requires_grad_(True)
+    ids = tokens(11, batch=2) % 61
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {name: _whole(each.grad) for name, each in model.named_parameters()}
 
 
 def written(folder: Path, **options: Any) -> str:
@@ -110,11 +121,16 @@ def find(rank: int, folder: Path, port: int) -> None:
             assert held is not None and (held.rank, held.of) == (rank, PROCESSES)
             found["logits"][case], cache = streamed(model)
             found["bytes"][case] = cache.nbytes
+        found["gradients"] = {name: gradients(share(made(name), mesh)) for name in LEARNING}
         found["parameters"] = sum(_local(each).numel() for each in model.parameters())
         found["written"] = written(folder / "model", dtype="float64", parallel=mesh)
         found["note"] = load(folder / "model", parallel=mesh).source.note
         found["refusals"] = refusals(mesh, folder / "model")
     torch.save(found, folder / f"{rank}.pt")
+
+
+def _whole(gradient: Any) -> Tensor:
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
 def _local(parameter: Any) -> Tensor:

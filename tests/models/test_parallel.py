@@ -55,6 +55,16 @@ def test_both_see_the_same_bits(case: str, found: list[dict[str, Any]]):
     assert torch.equal(found[0]["logits"][case], found[1]["logits"][case])
 
 
+@pytest.mark.parametrize("case", sharing.LEARNING)
+def test_gradients_of_plain_attention_are_those_of_the_whole_model(case: str, found: list[dict[str, Any]]):
+    expected = sharing.gradients(sharing.made(case))
+    largest = max(float(each.abs().max()) for each in expected.values())
+    for each in found:
+        assert each["gradients"][case].keys() == expected.keys()
+        for name, gradient in each["gradients"][case].items():
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12 * largest)
+
+
 def test_both_write_what_the_whole_model_writes(found: list[dict[str, Any]], folder: Path):
     whole = sharing.written(folder / "model", dtype="float64")
     assert [each["written"] for each in found] == [whole, whole]

@@ -1,4 +1,4 @@
-"""`share(model, mesh)`: a Llama-shaped model divided among processes, by PyTorch's own DTensor.
+"""`share(model, mesh)`: a Llama-shaped model divided among processes, its weights cut by PyTorch's own DTensor.
 
 Every process holds its share of the query and key heads and of the MLP's inner width, and so its share of the keys and
 values that a cache keeps; two sums over all processes a layer make the rest alike everywhere (Megatron-LM, arXiv
@@ -9,7 +9,6 @@ numbers, which equal sessions do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,14 @@ from transformers import PreTrainedModel
 
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.models.families import base_of
+from sinks.models.parallel.layers import ColumnLinear, RowLinear, divide, join
 
 SHAREABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose blocks are q, k, v and o around the heads, gate, up and down around the inner width."""
 
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROWS = ("self_attn.o_proj", "mlp.down_proj")
+HEAD_NORMS = {"q_norm", "k_norm"}
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """Counts of a config of which every process gets an equal part."""
 
@@ -56,9 +57,18 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     head: Any = model.get_output_embeddings()
     tied = head.weight is base.embed_tokens.weight
     for layer in base.layers:
-        _divide(layer, mesh, {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS})
-    _divide(base, mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
-    _divide(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+        for kind, names in ((ColumnLinear, COLUMNS), (RowLinear, ROWS)):
+            for name in names:
+                divide(layer.get_submodule(name), mesh, kind)
+        for name in HEAD_NORMS & dict(layer.self_attn.named_children()).keys():
+            join(layer.get_submodule(f"self_attn.{name}"), mesh)
+    whole = Replicate()
+    vocabulary: list[tuple[nn.Module, dict[str, ParallelStyle]]] = [
+        (base, {"embed_tokens": RowwiseParallel(input_layouts=whole)}),
+        (model, {"lm_head": ColwiseParallel(output_layouts=whole)}),
+    ]
+    for owner, plan in vocabulary:
+        parallelize_module(owner, mesh, plan, src_data_rank=None)  # None: each cuts what it holds, nothing is sent
     if tied:
         head.weight = base.embed_tokens.weight
     _move_the_rest(model, _device_of(mesh))
@@ -91,10 +101,6 @@ def refuse_shared(model: nn.Module, what: str) -> None:
         raise UnsupportedOption(
             f"{what} takes a whole model, and this process holds share {held.rank} of {held.of}: load it unshared"
         )
-
-
-def _divide(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
-    parallelize_module(module, mesh, dict(plan), src_data_rank=None)  # None: each cuts what it holds
 
 
 def _check(model: PreTrainedModel, mesh: DeviceMesh) -> None:
