@@ -122,7 +122,9 @@ def find(rank: int, folder: Path, port: int) -> None:
             found["logits"][case], cache = streamed(model)
             found["bytes"][case] = cache.nbytes
         found["gradients"] = {name: gradients(share(made(name), mesh)) for name in LEARNING}
-        found["parameters"] = sum(_local(each).numel() for each in model.parameters())
+        held = [_local(each) for each in model.parameters()]
+        found["parameters"] = sum(each.numel() for each in held)
+        found["held"] = sum(each.untyped_storage().nbytes() // each.element_size() for each in held)
         found["written"] = written(folder / "model", dtype="float64", parallel=mesh)
         found["note"] = load(folder / "model", parallel=mesh).source.note
         found["refusals"] = refusals(mesh, folder / "model")

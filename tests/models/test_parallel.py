@@ -77,6 +77,7 @@ def test_each_holds_about_half_the_weights(found: list[dict[str, Any]]):
     whole = sum(each.numel() for each in model.parameters())
     norms = sum(each.numel() for each in model.parameters() if each.ndim == 1)
     assert sum(each["parameters"] for each in found) == whole + norms
+    assert all(each["held"] == each["parameters"] for each in found), "a share keeps the whole alive behind a view"
 
 
 @pytest.mark.parametrize(

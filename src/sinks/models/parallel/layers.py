@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 
 class ColumnLinear(nn.Linear):
@@ -44,11 +44,31 @@ class RowLinear(nn.Linear):
 def divide(linear: nn.Linear, mesh: DeviceMesh, kind: type[ColumnLinear] | type[RowLinear]) -> None:
     """Make `linear` one of `kind`, which keeps this process's share of what is here; nothing is sent."""
     for name, place in zip(("weight", "bias"), kind.PLACES, strict=True):
-        whole = getattr(linear, name)
-        if whole is not None:
-            part = distribute_tensor(whole.detach(), mesh, [place], src_data_rank=None)
-            linear.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        if getattr(linear, name) is not None:
+            linear.register_parameter(name, cut(getattr(linear, name), mesh, place))
     linear.__class__ = kind
+
+
+def cut(whole: Tensor, mesh: DeviceMesh, place: Placement) -> nn.Parameter:
+    """This process's part of a parameter, on its device, in memory of its own; cut as DTensor cuts, by `chunk`.
+
+    `distribute_tensor` would bring the whole to the device first, and keep it there behind a view.
+    """
+    part = whole.detach()
+    if isinstance(place, Shard):
+        parts, rank = part.chunk(mesh.size(), dim=place.dim), mesh.get_local_rank()
+        part = parts[rank] if rank < len(parts) else part.narrow(place.dim, 0, 0)
+    part = part.to(device_of(mesh), memory_format=torch.contiguous_format, copy=True)
+    size, stride = whole.shape, whole.stride()
+    named = DTensor.from_local(part, mesh, [place], run_check=False, shape=size, stride=stride)
+    return nn.Parameter(named, whole.requires_grad)
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This process's device: the current one, where the type has several."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
 
 
 def join(norm: nn.Module, mesh: DeviceMesh) -> None:

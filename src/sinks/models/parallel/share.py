@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.models.families import base_of
-from sinks.models.parallel.layers import ColumnLinear, RowLinear, divide, join
+from sinks.models.parallel.layers import ColumnLinear, RowLinear, cut, device_of, divide, join
 
 SHAREABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose blocks are q, k, v and o around the heads, gate, up and down around the inner width."""
@@ -62,16 +62,17 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
                 divide(layer.get_submodule(name), mesh, kind)
         for name in HEAD_NORMS & dict(layer.self_attn.named_children()).keys():
             join(layer.get_submodule(f"self_attn.{name}"), mesh)
-    whole = Replicate()
+    for table in (base.embed_tokens, head):
+        table.weight = cut(table.weight, mesh, Shard(0))
     vocabulary: list[tuple[nn.Module, dict[str, ParallelStyle]]] = [
-        (base, {"embed_tokens": RowwiseParallel(input_layouts=whole)}),
-        (model, {"lm_head": ColwiseParallel(output_layouts=whole)}),
+        (base, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())}),
+        (model, {"lm_head": ColwiseParallel(output_layouts=Replicate())}),
     ]
     for owner, plan in vocabulary:
-        parallelize_module(owner, mesh, plan, src_data_rank=None)  # None: each cuts what it holds, nothing is sent
+        parallelize_module(owner, mesh, plan)  # the weights are cut already
     if tied:
         head.weight = base.embed_tokens.weight
-    _move_the_rest(model, _device_of(mesh))
+    _move_the_rest(model, device_of(mesh))
     return model
 
 
@@ -127,13 +128,6 @@ def _check(model: PreTrainedModel, mesh: DeviceMesh) -> None:
                 raise UnsupportedOption(f"this model's {name} is quantised: share it with weights as they are")
     if "forward" in vars(model):  # an instance's own forward, which `hasten` gives it, holds the weights themselves
         raise UnsupportedOption("this model is hastened: unhasten(model) before it is shared")
-
-
-def _device_of(mesh: DeviceMesh) -> torch.device:
-    """This process's device: the current one, where the type has several."""
-    if mesh.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(mesh.device_type)
 
 
 def _move_the_rest(model: nn.Module, device: torch.device) -> None:
