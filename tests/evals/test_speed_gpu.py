@@ -10,7 +10,6 @@ from sinks.cache.plan import Plan
 from sinks.errors import InvalidInput
 from sinks.evals.speed.gpu.band import Attended, Text
 from sinks.evals.speed.gpu.bench import GpuBench, measure
-from sinks.evals.speed.gpu.clock import spread
 from sinks.evals.speed.gpu.decode import Decoded, Flatness
 from sinks.evals.speed.gpu.ring import OpenStream
 from sinks.evals.speed.gpu.shapes import SHAPES, ceiling, ring_bytes, weight_bytes
@@ -75,7 +74,6 @@ def test_what_times_come_to():
     assert Flatness(1, 1020, (1.0, 2.0, 4.0), (1.1, 2.0, 4.0)).ratio == 1
     text = Text(8, 3, 16)  # 4 sinks are assumed: 8 * 7 - 9 / 2 pairs
     assert Attended(text, "w", 1.0, 7.0).rates == pytest.approx((51.5 * 4 * 16 * 32 / 1e9, 51.5 * 2 * 16 * 32 / 1e9))
-    assert spread([1.0, 1.0, 1.0, 1.0]) == 0 and spread([1.0, 3.0]) == 1
 
 
 @pytest.mark.skipif(HAS_GPU, reason="for machines without a GPU")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from sinks.reading.provenance import version_of
 
 WARM_UP = 3
 """Calls of each contender before any is timed: the first ones compile."""
+
+AHEAD = 2_000_000
+"""Clock ticks, about a millisecond, that the device waits before a call is timed, so that the host gets ahead of it."""
 
 COPIED = 1 << 31
 """Bytes of the copy whose rate is the ceiling of decoding: many times the cache of any GPU."""
@@ -37,6 +40,7 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     for number in range(rounds + WARM_UP):
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(AHEAD)
             start.record()
             call()
             end.record()
@@ -72,8 +76,9 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         for _ in range(WARM_UP):
             call()
     torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread asks the device meanwhile
         call()
     return graph
 
@@ -89,11 +94,3 @@ def product_rate(rounds: int = 20) -> float:
     """TFLOP/s of a large bfloat16 product of random numbers: zeros would be faster."""
     one, other = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / in_turn({"product": lambda: one @ other}, rounds)["product"] / 1e9
-
-
-def spread(times: Sequence[float]) -> float:
-    """How far the middle half of some times reaches, as a part of their median."""
-    if len(times) < 4:
-        return (max(times) - min(times)) / statistics.median(times)
-    quarters = statistics.quantiles(times, n=4)
-    return (quarters[2] - quarters[0]) / statistics.median(times)
