@@ -54,6 +54,8 @@ class StepModel:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """What keeps this model from a lean decode step, as a sentence; None if nothing does."""
+    if share_of(model) is not None:
+        return "it is shared between processes"
     base: Any = base_of(model)
     config = base.config
     if config.model_type not in SHAPED:
@@ -62,8 +64,6 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it has no output head"
     if getattr(config, "hidden_act", None) != "silu":
         return f"its activation is {config.hidden_act}, not silu"
-    if share_of(model) is not None:
-        return "it is shared between processes"
     for block in base.layers:
         names = {name for name, _ in block.self_attn.named_children()}
         if names not in ATTENTION:
