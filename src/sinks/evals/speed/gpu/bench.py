@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 
 import torch
@@ -15,9 +16,9 @@ from sinks.cache.plan import Plan
 from sinks.errors import InvalidInput, SinksError
 from sinks.evals.speed.gpu.band import Attended, Statistics, Text, attended, statistics_cost
 from sinks.evals.speed.gpu.clock import copy_rate, need_gpu, product_rate
-from sinks.evals.speed.gpu.decode import Decoded, Entrant, Flatness, Writer, decode, entrants, flatness
+from sinks.evals.speed.gpu.decode import Decoded, Entrant, Flatness, Writer, decode, entrants, flatness, sessions
 from sinks.evals.speed.gpu.shapes import SHAPES
-from sinks.models.load import load
+from sinks.models.load import Loaded, load
 from sinks.models.step.device.step import DeviceModel
 from sinks.types import Stage, unwatched
 
@@ -71,8 +72,8 @@ def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
     need_gpu("bench gpu")
     found = Measured(copy_rate(), product_rate())
     if "decode" in bench.parts:
-        for name, build in models(bench, found.absent):
-            _decode_model(name, build(), bench, found, stage)
+        for candidate in candidates(bench, found.absent):
+            _decode(candidate, bench, found, stage)
             _clear()
     if "attention" in bench.parts:
         listen = stage("attention", len(bench.texts) + len(bench.watched))
@@ -88,24 +89,39 @@ def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
     return found
 
 
-def models(bench: GpuBench, absent: list[str]) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
-    """The models by name, one at a time; the built-in one as it is, the shapes with random weights."""
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be decoded: `build` makes it on the GPU; `load` gives it with its tokenizer, where it has one."""
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    load: Callable[[], Loaded] | None = None
+
+
+def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
+    """The built-in model as it is, if it can be had, and the shapes with random weights."""
+    fetched = partial(load, dtype="bfloat16", device="cuda")
     try:
-        built_in = load(dtype="bfloat16", device="cuda").model
-        yield BUILT_IN, lambda: built_in
+        fetched()
     except SinksError as error:
         absent.append(f"{BUILT_IN}: {error}")
+    else:
+        yield Candidate(BUILT_IN, lambda: fetched().model, fetched)
     for name in bench.models:
-        yield f"{name} shape", SHAPES[name].build
+        yield Candidate(f"{name} shape", SHAPES[name].build)
 
 
-def _decode_model(name: str, model: PreTrainedModel, bench: GpuBench, found: Measured, stage: Stage) -> None:
+def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage) -> None:
     cases = list(product(bench.plans, bench.rows))
+    name, model = candidate.name, candidate.build()
     listen = stage(name, len(cases) + 1)
     packed = _packed(name, model, found.absent)
     for plan, rows in cases:
-        said = f"{name}, {rows} rows, window {plan.window:,}"
-        ready = _ready(said, entrants(model, packed, plan, rows, bench.steps), found.absent)
+        everybody = list(entrants(model, packed, plan, rows, bench.steps))
+        if candidate.load is not None and rows == 1:
+            loaded = candidate.load
+            everybody.append(("sinks Session", lambda: Writer(sessions(loaded(), plan), bench.steps)))  # noqa: B023
+        ready = _ready(f"{name}, {rows} rows, window {plan.window:,}", everybody, found.absent)
         if ready:
             found.decoded += decode(name, model, ready, (plan, rows), found.copy_rate, bench.rounds)
         ready.clear()

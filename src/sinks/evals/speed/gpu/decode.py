@@ -16,8 +16,12 @@ from sinks.errors import UnsupportedOption
 from sinks.evals.speed.gpu.clock import bursts, captured
 from sinks.evals.speed.gpu.ring import ModuleSteps
 from sinks.evals.speed.gpu.shapes import ceiling
+from sinks.evals.speed.writers import Ours
 from sinks.models.families import describe
+from sinks.models.load import Loaded
+from sinks.models.step.blocks import why_not
 from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.hasten import hasten
 from sinks.models.step.slots import Seats
 
 NEAR, FAR = 5_000, 10_000_000
@@ -169,6 +173,16 @@ class Seated:
             self._step.run(steps)
 
         return run
+
+
+def sessions(loaded: Loaded, plan: Plan) -> Run:
+    """`Session.generate` as a person calls it, sampler, text and all, once more than the window was read."""
+    if why_not(loaded.model) is None:
+        hasten(loaded.model)
+    writer = Ours("Session", loaded, plan)
+    ids = torch.randint(loaded.model.config.vocab_size, (plan.capacity + 64,))
+    writer.read(ids.tolist())
+    return writer.write
 
 
 def random_seats(model: PreTrainedModel, plan: Plan, rows: int) -> Seats:
