@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sinks.models.families import describe
 from sinks.models.step.device.step import DeviceModel, DeviceStep
 from sinks.models.step.device.weights import DeviceWeights
 from sinks.models.step.slots import Seats
+from sinks.models.weights.quantize import QUANTS, quantize
 
 SINKS, WINDOW, NEAR, FAR = 4, 1_020, 2_000, 10_000_000
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--quants", nargs="+", default=list(QUANTS), choices=QUANTS)
     parser.add_argument("--rounds", type=int, default=100)
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -57,14 +58,11 @@ def main() -> None:
     print(machine, flush=True)
     rows = []
     for shape in given.shapes:
-        model = build(shape)
-        for count in given.rows:
-            for pdl in (False, True):
-                try:
-                    rows.append({"model": shape} | measure(model, count, given.rounds, copies, pdl))
-                    print(rows[-1], flush=True)
-                except Exception:
-                    traceback.print_exc(limit=-6)
+        for quant in given.quants:
+            model = quantize(build(shape), quant)
+            for count in given.rows:
+                rows.append({"model": shape, "weights": quant} | measure(model, count, given.rounds, copies))
+                print(rows[-1], flush=True)
     given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
@@ -85,17 +83,15 @@ def seats_of(model: Any, count: int) -> Seats:
     shape = (count, config.num_key_value_heads, SINKS + WINDOW, config.head_dim)
     rotary = describe(model).rotaries(SINKS + WINDOW)["all"]
     layers = range(config.num_hidden_layers)
-    rings = [
-        tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in layers
-    ]
+    rings = [tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in layers]
     return Seats(rings, [(SINKS, WINDOW) for _ in layers], [rotary for _ in layers], 0)
 
 
-def measure(model: Any, rows: int, rounds: int, copies: float, pdl: bool) -> dict[str, Any]:
+def measure(model: Any, rows: int, rounds: int, copies: float) -> dict[str, Any]:
     """Median microseconds of a step."""
     seats, began = seats_of(model, rows), time.perf_counter()
     made = DeviceModel(model)
-    step = DeviceStep(made.weights, seats, pdl)
+    step = made.step(seats)
     times = {}
     for name, position in (("us", NEAR), ("us_far", FAR), ("us_again", NEAR)):
         step([1] * rows, list(range(rows)), [position] * rows)
@@ -103,7 +99,7 @@ def measure(model: Any, rows: int, rounds: int, copies: float, pdl: bool) -> dic
     read = weight_bytes(made.weights) + 2 * sum(ring.nbytes for pair in seats.rings for ring in pair) // 2
     ceiling = read / copies / 1e6
     return {
-        "rows": rows, "pdl": pdl, **{name: round(us, 1) for name, us in times.items()},
+        "rows": rows, **{name: round(us, 1) for name, us in times.items()},
         "tok_s": round(rows * 1e6 / times["us"]), "share": round(ceiling / times["us"], 3),
         "far_over_near": round(2 * times["us_far"] / (times["us"] + times["us_again"]), 4),
         "GB": round(read / 1e9, 3), "seconds": round(time.perf_counter() - began, 1),

@@ -2,107 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sinks.cache.rings.quantized import encode
 from sinks.errors import InvalidInput, UnsupportedOption
-from sinks.kernels import Rotary, Scoring, Step, attend, attend_step
+from sinks.kernels import Cut, Rotary, Scoring, Step, attend_step
 from sinks.kernels.phase import rotate
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
+from tests.kernels.stepping import Stream, check, expected, normed, play
 
 pytestmark = needs_triton
 
-
-@dataclass(frozen=True)
-class Stream:
-    """Rows that begin at different moments, some of which rest now and then."""
-
-    sinks: int
-    window: int
-    length: int
-    heads: tuple[int, int] = (4, 2)
-    head_dim: int = 64
-    logits: float | None = None
-    ragged: bool = True
-    splits: int | None = None
-    dtype: torch.dtype = torch.float32
-
-    def heads_of(self) -> list[Tensor]:
-        made = torch.Generator().manual_seed(self.sinks * 101 + self.window)
-        shapes = (self.heads[0], self.heads[1], self.heads[1])
-        drawn = [torch.randn(2, h, self.length, self.head_dim, generator=made) for h in shapes]
-        return [part.to(DEVICE, self.dtype) for part in drawn]
-
-    def positions(self) -> Tensor:
-        real = torch.ones(2, self.length, dtype=torch.bool)
-        if self.ragged:
-            real = torch.rand(2, self.length, generator=torch.Generator().manual_seed(self.length)) < 0.8
-        return (real.cumsum(1) - 1).masked_fill(~real, -1).to(DEVICE)
-
-    def scoring(self, device: torch.device = DEVICE) -> Scoring:
-        pairs = self.head_dim // 2 - 8 * (self.window % 2)
-        inv_freq = (1.0 / 10000 ** (torch.arange(pairs) / pairs)).double().to(device)
-        rotary = Rotary(inv_freq, interleaved=self.window % 2 == 1, first=8 * (self.window % 2))
-        logits = None if self.logits is None else torch.linspace(-1, 1, self.heads[0], device=device) + self.logits
-        return Scoring(self.head_dim**-0.5, rotary, sink_logits=logits)
-
-
-def play(stream: Stream) -> Tensor:
-    """Result of every step, [batch, heads, length, head_dim]."""
-    query, key, value = stream.heads_of()
-    keys = torch.full((2, stream.heads[1], stream.sinks + stream.window, stream.head_dim), torch.nan)
-    keys = keys.to(DEVICE, stream.dtype)
-    values, positions, outs = keys.clone(), stream.positions(), []
-    step = Step.prepare(
-        query[:, :, 0], keys, sinks=stream.sinks, window=stream.window, scoring=stream.scoring(),
-        splits=stream.splits,
-    )  # fmt: skip
-    for column in range(stream.length):
-        new = (part[:, :, column] for part in (query, key, value))
-        outs.append(attend_step(step, *new, keys, values, positions[:, column].contiguous())[0])
-    assert not step.arrivals.any(), "the count must be clear for the next step"
-    return torch.stack(outs, dim=2)
-
-
-def expected(stream: Stream) -> Tensor:
-    heads = [part.double().cpu() for part in stream.heads_of()]
-    scoring, positions = stream.scoring(torch.device("cpu")), stream.positions().cpu()
-    return attend(
-        *heads, sinks=stream.sinks, window=stream.window, scoring=scoring, positions=positions, impl="chunked"
-    )
-
-
-def check(stream: Stream) -> None:
-    """Float32: sums of a hundred terms. Half precision: one rounding each of keys, query, weights and result."""
-    found, want = play(stream).double().cpu(), expected(stream)
-    band = 2e-5 if stream.dtype == torch.float32 else 6 * torch.finfo(stream.dtype).eps
-    assert torch.isfinite(found).all()
-    assert (found - want).abs().max() <= band * want.abs().max()
-
-
+WHOLE = Cut(64, 1)
 SMALL = [
-    Stream(4, 12, 50, logits=0.5),
-    Stream(0, 5, 23),
-    Stream(1, 1, 9),
-    Stream(4, 7, 30, heads=(3, 1), head_dim=96),
+    Stream(4, 12, 50, logits=0.5, cut=Cut(16, 1)),
+    Stream(0, 5, 23, seats=(3, 0), tables=True, start=2**40 + 7),
+    Stream(1, 1, 9, norms="qwen"),
+    Stream(4, 7, 30, heads=(3, 1), head_dim=96, norms="gemma", start=2**31),
     Stream(20, 9, 40, heads=(2, 2), head_dim=128, logits=5.0, ragged=False),
-    Stream(3, 150, 170, heads=(2, 1), splits=3, logits=-torch.inf),
-    Stream(3, 150, 160, heads=(2, 1), splits=2, ragged=False, dtype=torch.float16),
+    Stream(3, 150, 170, heads=(2, 1), cut=Cut(64, 3), logits=-torch.inf),
+    Stream(3, 150, 160, heads=(2, 1), cut=Cut(64, 2), ragged=False, dtype=torch.float16, tables=True),
     Stream(2, 70, 80, heads=(1, 1), head_dim=256),
+    Stream(4, 33, 50, heads=(3, 1), logits=0.5, seats=(0, 2), norms="qwen", dtype=torch.float16),
+    Stream(3, 12, 40, coded=True, logits=20.0, seats=(1, 0), start=5, cut=Cut(16, 1)),
+    Stream(0, 17, 40, coded=True, cut=Cut(16, 2), tables=True, ragged=False),
+    Stream(20, 44, 90, heads=(2, 1), coded=True, cut=Cut(16, 2), dtype=torch.float16, norms="gemma"),
 ]
-LARGE = [
-    Stream(sinks, window, window + 200, heads, head_dim, logits, True, splits, dtype)
-    for index, (sinks, window) in enumerate([(0, 17), (1, 1), (4, 1020), (64, 300), (4, 124)])
-    for head_dim in (64, 96, 128, 256)
-    for heads, logits, splits, dtype in [
-        [((8, 2), 0.0, None, torch.bfloat16), ((4, 4), None, 7, torch.float16), ((9, 3), 20.0, 1, torch.float32)][
-            (index + head_dim // 32) % 3
-        ]
-    ]
-]
+"""The interpreter multiplies no matrices of bfloat16: those are for the GPU."""
+
+LOGITS = (None, -torch.inf, 0.0, 5.0, 20.0)
+CUTS = (None, Cut(64, 1), Cut(32, 2, 2), Cut(32, 7), Cut(128, 2, 8, 2), Cut(16, 64, 1))
+GRID = [
+    Stream(
+        sinks, window, sinks + window + 150, ((8, 2), (4, 4), (9, 3))[index % 3], (64, 128, 64, 96, 64, 256)[index % 6],
+        LOGITS[(index + coded) % 5], True, CUTS[(index + 2 * coded) % 6],
+        (torch.bfloat16, torch.float32, torch.float16)[(index + coded) % 3], coded, index % 2 == 0,
+        (2, 0) if index % 4 < 2 else None, ("", "qwen", "gemma")[index % 7 % 3], (0, 2**31, 2**40)[index % 5 % 3],
+    )
+    for index, (sinks, window) in enumerate(itertools.product((0, 1, 4, 64), (1, 17, 300, 1020)))
+    for coded in (False, True)
+]  # fmt: skip
+OVERLAPPED = [replace(stream, cut=Cut(32, 64, overlap=True), tables=True) for stream in (SMALL[5], SMALL[9], GRID[23])]
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the large streams run here")
@@ -112,15 +57,15 @@ def test_interpreted_every_step_equals_the_specification(stream: Stream) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stream", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("stream", [*SMALL, *GRID, *OVERLAPPED], ids=str)
 def test_every_step_equals_the_specification(stream: Stream) -> None:
     check(stream)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])
 def test_any_number_of_splits_gives_one_answer(splits: int) -> None:
-    stream = Stream(4, 500, 12, heads=(2, 1), logits=1.0, splits=splits)
-    one = play(Stream(**{**vars(stream), "splits": 1}))
+    stream = Stream(4, 500, 12, heads=(2, 1), logits=1.0, cut=Cut(64, splits))
+    one = play(replace(stream, cut=Cut(64, 1)))
     assert (play(stream) - one).abs().max() < 1e-5
 
 
@@ -134,7 +79,7 @@ def test_statistics_are_those_of_the_weights(first: int) -> None:
     scoring = Scoring(0.125, Rotary((1.0 / 10000 ** (torch.arange(32) / 32)).double().to(DEVICE)), sink_logits=logits)
     keys = torch.zeros(1, 1, sinks + window, 64, device=DEVICE)
     values = torch.zeros_like(keys)
-    step = Step.prepare(query[:, :, 0], keys, sinks=sinks, window=window, scoring=scoring, first_keys=first, splits=1)
+    step = Step.prepare(query[:, :, 0], keys, sinks=sinks, window=window, scoring=scoring, first_keys=first, cut=WHOLE)
     for now in range(length):
         slot = now if now < sinks else sinks + (now - sinks) % window
         value = torch.nn.functional.one_hot(torch.tensor([[slot]]), 64).float().to(DEVICE)
@@ -201,20 +146,41 @@ def test_one_graph_serves_every_position() -> None:
     assert (torch.stack(outs, dim=2).double().cpu() - expected(stream)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("start", [0, 3, 2**31, 2**40 + 7])
-def test_rows_sit_where_they_are_told_and_heads_may_lie_in_one_buffer(start: int) -> None:
-    """Rows on seats 3 and 0 of four, views of one buffer, phases from `start` on: the same as without all that."""
-    stream = Stream(4, 12, 40, logits=0.5)
-    query, key, value = stream.heads_of()
-    keys = torch.full((4, 2, 16, 64), torch.nan, device=DEVICE)
-    values, positions, plain = keys.clone(), stream.positions(), play(stream)
-    step = Step.prepare(query[:, :, 0], keys, sinks=4, window=12, scoring=stream.scoring(), start=start)
-    seats, out = torch.tensor([3, 0], device=DEVICE), torch.empty(2, 4, 64, device=DEVICE)
-    for column in range(stream.length):
-        new = torch.cat([part[:, :, column] for part in (query, key, value)], dim=1).split([4, 2, 2], dim=1)
-        given, _ = attend_step(step, *new, keys, values, positions[:, column].contiguous(), seats, out)
-        assert given is out and (out - plain[:, :, column]).abs().max() < 2e-5
-    assert keys[1:3].isnan().all() and values[1:3].isnan().all(), "nobody sat there"
+def test_nobody_writes_where_no_row_sits() -> None:
+    stream = Stream(4, 12, 20, seats=(3, 0))
+    ring = stream.ring()
+    play(stream, ring)
+    for (part,) in ring:
+        assert part[1:3].isnan().all() and part[4:].isnan().all() and not part[::3, :, :4].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_int8_ring_is_written_as_the_cache_writes_it(dtype: torch.dtype) -> None:
+    """Sinks in full, the window coded; a turned key may be one rounding off, and its codes one off with it."""
+    stream = Stream(3, 12, 40, coded=True, ragged=False, dtype=dtype)
+    ring = stream.ring()
+    play(stream, ring)
+    (_, key, value), rotary = normed(stream), stream.scoring(torch.device("cpu")).rotary
+    assert rotary is not None
+    turned = rotate(key, *rotary.tables(stream.positions().cpu(), torch.float32), rotary)
+    last = [max(t for t in range(40) if (t - 3) % 12 == slot) for slot in range(12)]
+    for part, new, off in zip(ring, (turned, value), (1, 0), strict=True):
+        sinks, codes, scales = (each.cpu() for each in part)
+        want_codes, want_scales = encode(new[:, :, last])
+        torch.testing.assert_close(sinks, new[:, :, :3], rtol=2e-2 * off if dtype.itemsize == 2 else 0, atol=1e-6 * off)
+        assert (codes.int() - want_codes.int()).abs().max() <= off
+        torch.testing.assert_close(scales, want_scales, rtol=1e-2 * off, atol=0)
+
+
+def test_a_number_that_is_none_is_not_taken_for_a_sound_one() -> None:
+    """An int8 ring has no code for it: the scale must tell."""
+    stream = Stream(0, 4, 1, heads=(1, 1), coded=True, ragged=False)
+    keys, values = stream.ring()
+    query, key, value = (part[:, :, 0] for part in stream.heads_of())
+    step = Step.prepare(query, keys, sinks=0, window=4, scoring=stream.scoring())
+    value[0, 0, 7], value[1, 0, 0] = torch.inf, torch.nan
+    attend_step(step, query, key, value, keys, values, torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    assert not values[2][:, 0, 0].isfinite().any() and keys[2][:, 0, 0].isfinite().all()
 
 
 def test_what_the_step_cannot_do_is_named() -> None:

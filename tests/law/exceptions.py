@@ -35,6 +35,12 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/step.py::_finish", "parameters", 16, POINTERS),
     Allowed("src/sinks/kernels/device/step.py::_write", "parameters", 13, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
+    Allowed("src/sinks/models/step/device/products.py::_end", "parameters", 12, POINTERS),
+    Allowed("src/sinks/models/step/device/products.py::_fold", "parameters", 10, POINTERS),
+    Allowed("src/sinks/models/step/device/products.py::_widened", "parameters", 9, POINTERS),
+    Allowed("src/sinks/models/step/device/products.py::thin", "parameters", 21, POINTERS),
+    Allowed("src/sinks/models/step/device/products.py::wide", "parameters", 21, POINTERS),
+    Allowed("src/sinks/models/step/device/small.py::join", "parameters", 11, POINTERS),
     Allowed(
         "src/sinks/stream/session.py::Session.open",
         "parameters",

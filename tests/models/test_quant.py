@@ -8,7 +8,7 @@ from sinks.errors import InvalidInput, UnsupportedModel
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source, quantized
 from sinks.models.step.hasten import is_hastened
-from sinks.models.weights.packed import GROUP, Int4Linear, Int8Linear, PackedLinear, grid
+from sinks.models.weights.packed import GROUP, Int4Linear, Int4Rows, Int8Linear, PackedLinear, grid
 from sinks.models.weights.quantize import is_quantized, quantize
 from tests.families.tiny import build
 from tests.reading.tiny import tiny_model, tiny_tokenizer
@@ -32,6 +32,19 @@ def test_the_product_is_that_of_the_widened_weight(kind: type[PackedLinear], row
     allowed = BAND * (given.abs() @ wide.abs().T + exact.abs() + layer.bias.abs()) + 1e-6
     assert layer(given).shape == (2, count, rows)
     assert bool(((layer(given) - exact).abs() <= allowed).all())
+
+
+def test_rows_of_int4_are_the_same_grid_and_multiply_by_it():
+    """What the kernels of a GPU read: every number of the grid itself, not asked through a kernel that rounds."""
+    given, bias = weight(37), torch.randn(37)
+    layer, (q, scales) = Int4Rows.of(given, bias), grid(given)
+    scale, centre = scales.float().permute(2, 1, 0).unsqueeze(-1)
+    wide = ((q.float().unflatten(1, (-1, GROUP)) - 8) * scale + centre).flatten(1)
+    assert torch.equal(layer.weight_widened(), wide)
+    rows = torch.randn(2, 3, 96)
+    torch.testing.assert_close(layer(rows), rows @ wide.T + bias, rtol=1e-5, atol=1e-5)
+    assert layer.packed.shape == (37, 48)
+    assert layer.packed.nbytes + layer.scales.nbytes == 37 * 96 * 5 // 8
 
 
 def test_int8_is_off_by_half_a_step():
@@ -75,7 +88,7 @@ def test_zeros_and_constant_rows_stay_finite():
         torch.testing.assert_close(made, torch.cat((torch.zeros(16), torch.full((16,), 64.0)))[None], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear, Int4Rows])
 def test_layers_beside_each_other_share_their_memory(kind: type[PackedLinear]):
     parts = [kind.of(weight(64), None), kind.of(weight(128) * 2, None)]
     given = torch.randn(1, 96)

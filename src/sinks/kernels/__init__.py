@@ -2,8 +2,19 @@
 
 from sinks.kernels.api import attend, attend_measured, choose
 from sinks.kernels.device.forward import Statistics
-from sinks.kernels.device.step import Step, attend_step
+from sinks.kernels.device.step import Cut, HeadNorms, Step, attend_step
 from sinks.kernels.phase import Rotary
 from sinks.kernels.scoring import Scoring
 
-__all__ = ["Rotary", "Scoring", "Statistics", "Step", "attend", "attend_measured", "attend_step", "choose"]
+__all__ = [
+    "Cut",
+    "HeadNorms",
+    "Rotary",
+    "Scoring",
+    "Statistics",
+    "Step",
+    "attend",
+    "attend_measured",
+    "attend_step",
+    "choose",
+]

@@ -85,7 +85,7 @@ def load(
         device: where the model goes.
         trust_remote_code: run Python code that the model brings along. Never on by itself.
         accept_terms: the user has read and accepts the terms of a built-in model that has some.
-        quant: "int8" or "int4" rounds the linear weights (see `quantize`; CPU only) and, where the model is
+        quant: "int8" or "int4" rounds the linear weights (see `quantize`) and, where the model is
             Llama-shaped, hastens its decode steps (see `hasten`); `Source.note` says both. "none" leaves it alone.
         parallel: keep this process's share of the model alone, on its device of this mesh (see `share` and `line` in
             `sinks.models.parallel`); `device` then names the type of the mesh's devices.

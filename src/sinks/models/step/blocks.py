@@ -18,25 +18,33 @@ from sinks.models.families import base_of
 from sinks.models.parallel.share import share_of
 from sinks.models.weights.packed import PackedLinear
 
-SHAPED = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose blocks are: norm, attention, add; norm, gated SiLU, add."""
+Layer = Callable[[Tensor], Tensor]
+
+SHAPED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Model types whose blocks are: norm, attention, add; norm, gated MLP, add; Gemma has norms before adding, too."""
+
+ACTIVATIONS: dict[str, Layer] = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
-
-Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class StepBlock:
-    """One block: `qkv` and `gate_up` give the outputs of their projections side by side; head norms only in Qwen 3."""
+    """One block: `qkv` and `gate_up` give the outputs of their projections side by side.
+
+    Head norms only in Qwen 3 and Gemma; what comes after attention and MLP is a norm in Gemma and nothing elsewhere.
+    """
 
     before_attention: Layer
     qkv: Layer
     head_norms: tuple[Layer, Layer] | None
     out: Layer
+    after_attention: Layer
     before_mlp: Layer
     gate_up: Layer
+    activation: Layer
     down: Layer
+    after_mlp: Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +70,20 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"{config.model_type} is not among {', '.join(SHAPED)}"
     if base is model or model.get_output_embeddings() is None:
         return "it has no output head"
-    if getattr(config, "hidden_act", None) != "silu":
-        return f"its activation is {config.hidden_act}, not silu"
+    if activation_of(config) not in ACTIVATIONS:
+        return f"its activation is {activation_of(config)}, none of {', '.join(ACTIVATIONS)}"
+    if any(getattr(config, f"{what}_logit_softcapping", None) for what in ("attn", "final")):
+        return "it caps its scores or logits"
     for block in base.layers:
         names = {name for name, _ in block.self_attn.named_children()}
         if names not in ATTENTION:
             return f"its attention is made of {', '.join(sorted(names))}"
     return None
+
+
+def activation_of(config: Any) -> str | None:
+    """The activation of a model's MLP, by transformers' name."""
+    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
 
 
 def step_model(model: PreTrainedModel) -> StepModel:
@@ -81,7 +96,7 @@ def step_model(model: PreTrainedModel) -> StepModel:
     head: Any = model.get_output_embeddings()
     return StepModel(
         embed=base.embed_tokens,
-        blocks=tuple(_block(layer) for layer in base.layers),
+        blocks=tuple(_block(layer, ACTIVATIONS[str(activation_of(base.config))]) for layer in base.layers),
         norm=_norm(base.norm),
         head=_product(head),
         heads=(query_heads, key_heads),
@@ -90,17 +105,22 @@ def step_model(model: PreTrainedModel) -> StepModel:
     )
 
 
-def _block(layer: Any) -> StepBlock:
+def _block(layer: Any, activation: Layer) -> StepBlock:
     attention, mlp = layer.self_attn, layer.mlp
+    four = hasattr(layer, "pre_feedforward_layernorm")
+    before_mlp = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
     has_norms = hasattr(attention, "q_norm")
     return StepBlock(
         before_attention=_norm(layer.input_layernorm),
         qkv=joined([attention.q_proj, attention.k_proj, attention.v_proj]),
         head_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None,
         out=_product(attention.o_proj),
-        before_mlp=_norm(layer.post_attention_layernorm),
+        after_attention=_norm(layer.post_attention_layernorm) if four else _as_it_is,
+        before_mlp=_norm(before_mlp),
         gate_up=joined([mlp.gate_proj, mlp.up_proj]),
+        activation=activation,
         down=_product(mlp.down_proj),
+        after_mlp=_norm(layer.post_feedforward_layernorm) if four else _as_it_is,
     )
 
 
@@ -140,9 +160,13 @@ def _product(layer: Any) -> Layer:
     return layer.forward if isinstance(layer, PackedLinear) else layer
 
 
+def _as_it_is(given: Tensor) -> Tensor:
+    return given
+
+
 def _norm(module: Any) -> Layer:
     """RMSNorm; in float32 written out, otherwise, where the model's own casts matter, the model's own."""
-    if module.weight.dtype is not torch.float32:
+    if module.weight.dtype is not torch.float32 or not hasattr(module, "variance_epsilon"):
         return module
     return partial(_rms_norm, module.weight.detach(), module.variance_epsilon)
 

@@ -23,8 +23,10 @@ from sinks.models.attach import LENSES, attachment_of
 from sinks.models.families import base_of
 from sinks.models.rotary import rotary_modules
 from sinks.models.step.blocks import StepModel, step_model, why_not
+from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.device.weights import why_no_device_step
 from sinks.models.step.native import NativeStep, native_reason
-from sinks.models.step.slots import SlotCache
+from sinks.models.step.slots import SeatCache, SlotCache
 from sinks.types import StreamCache
 
 PLAIN = {"input_ids", "past_key_values", "use_cache"}
@@ -57,9 +59,13 @@ def is_hastened(model: PreTrainedModel) -> bool:
 
 
 def steps_of(model: PreTrainedModel) -> str:
-    """How this model decodes, in words: compiled, lean or ordinary steps, and why no better ones."""
+    """How this model decodes, in words: captured, compiled, lean or ordinary steps, and why no better ones."""
     if not is_hastened(model):
         return f"ordinary decode steps, since {why_not(model) or 'it is not hastened'}"
+    if model.device.type != "cpu":
+        reason = why_no_device_step(model)
+        captured = "decode steps in one CUDA graph"
+        return captured if reason is None else f"lean decode steps, no CUDA graph, since {reason}"
     reason = native_reason(model)
     return "compiled decode steps" if reason is None else f"lean decode steps, not compiled, since {reason}"
 
@@ -69,7 +75,9 @@ class LeanForward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.lean = step_model(model)
-        self.native = NativeStep(model) if native_reason(model) is None else None
+        on_gpu = model.device.type != "cpu"
+        self.device = DeviceModel(model) if on_gpu and why_no_device_step(model) is None else None
+        self.native = NativeStep(model) if not on_gpu and native_reason(model) is None else None
         self._model = weakref.ref(model)
         self.__signature__ = inspect.signature(model.forward)  # transformers asks what a model can be given
         base = base_of(model)
@@ -82,7 +90,7 @@ class LeanForward:
         if args or not is_step(model, kwargs) or any(self._hooks):
             return type(model).forward(model, *args, **kwargs)
         cache = kwargs["past_key_values"]
-        logits = step(self.lean, self.native, base_of(model), kwargs["input_ids"], cache)
+        logits = step(self, base_of(model), kwargs["input_ids"], cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -106,19 +114,25 @@ def is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def step(
-    lean: StepModel, native: NativeStep | None, owner: nn.Module, ids: Int[Tensor, "rows 1"], cache: StreamCache
+    steps: LeanForward, owner: nn.Module, ids: Int[Tensor, "rows 1"], cache: StreamCache
 ) -> Float[Tensor, "rows 1 vocab"]:
     """Feed one token a row to the `cache` of the model `owner`; the logits behind them.
 
-    By the compiled step `native` where there is one and the cache lays its slots open; else through `cache.attend`.
+    In one CUDA graph, or by the compiled step of a CPU, where the model has one and the cache lays open what it works
+    on; else through `cache.attend`.
     """
     cache.open_pass(owner, (len(ids), 1), None, None)
     complete = False
     try:
-        slots = cache.step_slots() if native is not None and isinstance(cache, SlotCache) else None
-        if native is not None and slots is not None:
-            logits = native(lean.embed(ids[:, 0]), slots)
+        seating = cache.step_seats() if steps.device is not None and isinstance(cache, SeatCache) else None
+        slots = cache.step_slots() if steps.native is not None and isinstance(cache, SlotCache) else None
+        if steps.device is not None and seating is not None:
+            # The step writes its next logits over these.
+            logits = steps.device.step(seating.seats)(ids[:, 0], seating.rows, seating.positions).clone()
+        elif steps.native is not None and slots is not None:
+            logits = steps.native(steps.lean.embed(ids[:, 0]), slots)
         else:
+            lean = steps.lean
             logits = lean.head(lean.norm(_through_blocks(lean, ids, cache)))
         complete = True
     finally:
@@ -137,7 +151,7 @@ def _through_blocks(lean: StepModel, ids: Tensor, cache: StreamCache) -> Tensor:
         if block.head_norms is not None:
             query, key = block.head_norms[0](query), block.head_norms[1](key)
         seen = cache.attend(layer, query, key, value, **options)
-        states = states + block.out(seen.reshape(rows, -1))
+        states = states + block.after_attention(block.out(seen.reshape(rows, -1)))
         gate, up = block.gate_up(block.before_mlp(states)).chunk(2, dim=-1)
-        states = states + block.down(nn.functional.silu(gate) * up)
+        states = states + block.after_mlp(block.down(block.activation(gate) * up))
     return states

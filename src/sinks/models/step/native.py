@@ -59,6 +59,8 @@ def native_reason(model: PreTrainedModel) -> str | None:
     """What keeps a Llama-shaped model from the compiled step; None if nothing does."""
     base: Any = base_of(model)
     config, first = base.config, base.layers[0]
+    if config.model_type == "gemma3_text":
+        return "it has no kernels for Gemma's norms"
     head: Any = model.get_output_embeddings()
     linears = [head, *(layer for block in base.layers for layer in _linears(block))]
     if not all(isinstance(layer, PackedLinear) for layer in linears):

@@ -1,8 +1,10 @@
-"""Linear layers whose weights are int8 or int4, with the kernels PyTorch ships for CPUs.
+"""Linear layers whose weights are int8 or int4, with the kernels PyTorch ships for CPUs; on a GPU, widened on the way.
 
 Weight only: activations stay floating point. Both kernels are written for bfloat16 activations (with float32 ones they
 fall back to loops thirty times slower), so an input is rounded to bfloat16 on the way in, sums are float32, and a
 result is rounded to bfloat16 on the way out: relative errors of 2^-9 each, whatever the weights.
+On a GPU, many rows are multiplied by the widened weight, in their own element type; a decode step reads the packed one
+with kernels of its own (models/step/device).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class PackedLinear(nn.Module, ABC):
 
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
-        """bfloat16 `[rows, in_features]` -> bfloat16 `[rows, out_features]`."""
+        """`[rows, in_features]` -> `[rows, out_features]` of the same element type, without the bias."""
 
     @abstractmethod
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
@@ -65,8 +67,8 @@ class PackedLinear(nn.Module, ABC):
 
     def forward(self, given: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """The product, in the element type of what is given."""
-        rows = given.reshape(-1, self.in_features).to(torch.bfloat16)
-        made = self.product(rows).to(given.dtype)
+        rows = given.reshape(-1, self.in_features)
+        made = self.product(rows)
         if self.bias is not None:
             made = made + self.bias
         return made.view(*given.shape[:-1], self.out_features)
@@ -104,7 +106,9 @@ class Int8Linear(PackedLinear):
         return made
 
     def product(self, rows: Tensor) -> Tensor:
-        return _KERNELS._weight_int8pack_mm(rows, self.values, self.scales)
+        if rows.is_cuda:
+            return F.linear(rows, self.weight_widened().to(rows.dtype))
+        return _KERNELS._weight_int8pack_mm(rows.to(torch.bfloat16), self.values, self.scales).to(rows.dtype)
 
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
         return self.values.float() * self.scales.float().unsqueeze(1)
@@ -144,13 +148,54 @@ class Int4Linear(PackedLinear):
         return made
 
     def product(self, rows: Tensor) -> Tensor:
-        made = _KERNELS._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales)
-        return made if made.shape[1] == self.out_features else made[:, : self.out_features]
+        made = _KERNELS._weight_int4pack_mm_for_cpu(rows.to(torch.bfloat16), self.packed, GROUP, self.scales)
+        return (made if made.shape[1] == self.out_features else made[:, : self.out_features]).to(rows.dtype)
 
     def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
         # The layout of the packed bytes belongs to the kernel, so it is asked: a unit vector picks one column, exactly.
         units = torch.eye(self.in_features, dtype=torch.bfloat16)
         return self.product(units).T.float()
+
+
+class Int4Rows(PackedLinear):
+    """The grid of `Int4Linear` in rows of plain bytes, as the kernels of a GPU read it.
+
+    A byte holds two weights of a group, `GROUP / 2` apart: `packed` [out_features, in_features / 2], the earlier one in
+    the low bits. `scales` [out_features, groups, 2] are (scale, centre).
+    """
+
+    def __init__(self, packed: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__(2 * packed.shape[1], packed.shape[0], bias)
+        self.packed, self.scales = _held(packed), _held(scales)
+
+    @classmethod
+    def of(
+        cls, weight: Float[Tensor, "out_features in_features"], bias: Float[Tensor, " out_features"] | None
+    ) -> Int4Rows:
+        q, scales = grid(weight.detach().float())
+        low, high = q.unflatten(1, (-1, GROUP)).split(GROUP // 2, dim=2)
+        return cls((low | high << 4).flatten(1), scales.transpose(0, 1).contiguous(), bias)
+
+    @classmethod
+    def beside(cls, parts: Sequence[Any]) -> Int4Rows | None:
+        made = cls(
+            torch.cat([part.packed for part in parts]), torch.cat([part.scales for part in parts]), _biases(parts)
+        )
+        begin = 0
+        for part in parts:
+            part.packed = _held(made.packed[begin : begin + part.out_features])
+            part.scales = _held(made.scales[begin : begin + part.out_features])
+            begin += part.out_features
+        return made
+
+    def product(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight_widened().to(rows.dtype))
+
+    def weight_widened(self) -> Float[Tensor, "out_features in_features"]:
+        halves = self.packed.unflatten(1, (-1, GROUP // 2))
+        q = torch.cat((halves & 15, halves >> 4), dim=2).float()
+        scale, centre = self.scales.float().unsqueeze(2).unbind(3)
+        return ((q - 8) * scale + centre).flatten(1)
 
 
 def grid(
@@ -180,5 +225,6 @@ def _held(tensor: Tensor) -> nn.Parameter:
 def _biases(parts: Sequence[PackedLinear]) -> Tensor | None:
     if all(part.bias is None for part in parts):
         return None
-    given = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+    (held, *_) = (part.bias for part in parts if part.bias is not None)
+    given = [held.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
     return torch.cat(given)

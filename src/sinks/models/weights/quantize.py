@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sinks.errors import InvalidInput, UnsupportedModel
 from sinks.models.attach import attachment_of
-from sinks.models.weights.packed import GROUP, Int4Linear, Int8Linear, PackedLinear
+from sinks.models.weights.packed import GROUP, Int4Linear, Int4Rows, Int8Linear, PackedLinear
 
 Quant = Literal["none", "int8", "int4"]
 
@@ -34,8 +34,10 @@ def check_quant(quant: str, device: torch.device, dtype: torch.dtype) -> Quant:
     """
     if quant not in QUANTS:
         raise InvalidInput(f"quant={quant!r} is unknown: choose one of {', '.join(QUANTS)}")
-    if quant != "none" and device.type != "cpu":
-        raise InvalidInput(f"quant={quant!r} on {device}: its kernels are for CPUs; use quant='none', or device='cpu'")
+    if quant != "none" and device.type not in ("cpu", "cuda"):
+        raise InvalidInput(
+            f"quant={quant!r} on {device}: its kernels are for CPUs and CUDA GPUs; use quant='none', or device='cpu'"
+        )
     if quant != "none" and dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise InvalidInput(
@@ -51,7 +53,7 @@ def quantize(model: PreTrainedModel, quant: Quant) -> PreTrainedModel:
     there (SmolLM2-135M) where everything else together costs less than can be measured.
 
     Raises:
-        InvalidInput: not on a CPU, in float64, or attached or quantised already.
+        InvalidInput: on a device without kernels, in float64, or attached or quantised already.
         UnsupportedModel: it has weights other than those of linear layers, embeddings and norms, or rows that do not
             divide into groups. Nothing has been changed then.
     """
@@ -60,8 +62,9 @@ def quantize(model: PreTrainedModel, quant: Quant) -> PreTrainedModel:
         return model
     _check_layers(model, quant)
     head: Any = model.get_output_embeddings()
+    four: type[PackedLinear] = Int4Rows if model.device.type == "cuda" else Int4Linear
     for owner, name, layer in list(_linears(model)):
-        kind = Int4Linear if quant == "int4" and layer is not head else Int8Linear
+        kind = four if quant == "int4" and layer is not head else Int8Linear
         setattr(owner, name, kind.of(layer.weight, layer.bias))
     return model
 

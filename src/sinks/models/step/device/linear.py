@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,30 @@ from sinks.models.step.device.products import thin, wide
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: outputs and depth of a tile; `stages` 0: multiply and add, else by matrix units."""
+    """How a product is cut: outputs and depth of a tile, warps of a program.
+
+    For more rows than one also: how many tiles are on their way, whether the weight is the matrix units' left operand,
+    among how many programs the depth is split, and how many rows a program takes at most. `fetch` bytes of a row of
+    the weight are asked for before the kernel ahead has finished.
+    """
 
     cols: int
     depth: int
     warps: int
-    stages: int = 0
+    stages: int = 4
     turned: bool = False
+    splits: int = 1
+    rows: int = 64
+    fetch: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """`weight` `[outputs, depth]`, times two with `gated`: gates first, then what they let through.
-    `dtype` is that of the factors of a matrix unit.
+    """`weight` `[outputs, depth]`, twice as high with `gated`: gates first, then what they let through.
 
-    `gain` and `epsilon` are those of the RMSNorm in front (`offset` is added to its weight), `scales` one number a row
-    of an int8 weight, `residual` says that the result is added to what is there.
+    A weight is a number, int8, or int4 in pairs (uint8); `scales` are then one number a row, or scale and centre of
+    every group. `dtype` is that of a matrix unit's factors. `gain` and `epsilon` are those of the RMSNorm in front, to
+    whose weight `offset` is added. `splits`: the result may come in parts to be added up.
     """
 
     weight: Tensor
@@ -40,7 +49,7 @@ class Product:
     bias: Tensor | None = None
     gated: bool = False
     gelu: bool = False
-    residual: bool = False
+    splits: bool = False
 
     @property
     def outputs(self) -> int:
@@ -50,60 +59,88 @@ class Product:
     @property
     def depth(self) -> int:
         """Numbers a row of the input."""
-        return self.weight.shape[1]
+        return self.weight.shape[1] * (2 if self.bits == 4 else 1)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight; 16 says that it is a number by itself."""
+        return {torch.int8: 8, torch.uint8: 4}.get(self.weight.dtype, 16)
 
     @property
     def bytes(self) -> int:
         """What a step reads."""
-        return self.weight.numel() * self.weight.element_size()
+        return self.weight.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def programs(self, tiles: Tiles) -> int:
         """How many share the outputs out."""
         return -(-self.outputs // tiles.cols)
 
-    def __call__(
-        self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, best: tuple[Tensor, Tensor] | None = None,
-        pdl: bool = False,
+    def one(
+        self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool, best: Tensor | None,
+        pdl: int,
     ) -> None:  # fmt: skip
-        """The first `rows` of `given` -> those of `out`; `best` takes the largest of every program's outputs."""
-        weight, programs = self.weight, self.programs(tiles)
-        absent = weight
-        constants = {
-            "COLS": tiles.cols, "DEPTH": tiles.depth, "NORM": self.gain is not None, "GATED": self.gated,
-            "GELU": self.gelu, "RESIDUAL": self.residual, "BIAS": self.bias is not None,
-            "SCALED": self.scales is not None, "BEST": best is not None, "OFFSET": self.offset, "PDL": pdl,
-            "num_warps": tiles.warps,
+        """The first row of `given`, normalised here, into that of `out`, or added to it.
+
+        `best` `[rows, places]` takes the largest outputs, and where they stand (`choose` empties it).
+        """
+        programs, absent = self.programs(tiles), self.weight
+        with on(absent.device):
+            thin[(programs,)](
+                given, absent if self.gain is None else self.gain, *self._held(), out,
+                absent if best is None else best,
+                (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
+                NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth,
+                **self._constants(tiles, residual, best, pdl),
+            )  # fmt: skip
+
+    def many(self, given: Tensor, out: Tensor, rows: int, tiles: Tiles, *, best: Tensor | None, pdl: int) -> None:
+        """The first `rows` of `given`, which the norm is behind, into those of `out`; with splits, [splits, rows]."""
+        programs, absent = self.programs(tiles), self.weight
+        taken = min(tiles.rows, max(16, power(rows)))  # a matrix unit takes 16 rows or more: the buffers have them
+        halves = 1 if self.bits == 4 else 2 * self.weight.element_size()
+        deep = -(-self.depth // tiles.depth // tiles.splits) * tiles.depth
+        with on(absent.device):
+            wide[(-(-rows // taken), programs, tiles.splits)](
+                given, *self._held(), out, absent if best is None else best,
+                (self.depth, self.outputs, rows, programs, 0.0, len(self.weight), deep, rows * self.outputs, halves),
+                ROWS=taken, TURNED=tiles.turned, STAGES=tiles.stages, TYPE=_KINDS[self.dtype], num_stages=tiles.stages,
+                **self._constants(tiles, False, best, pdl),
+            )  # fmt: skip
+
+    def _held(self) -> list[Tensor]:
+        return [self.weight if part is None else part for part in (self.weight, self.scales, self.bias)]
+
+    def _constants(self, tiles: Tiles, residual: bool, best: Tensor | None, pdl: int) -> dict[str, Any]:
+        return {
+            "COLS": tiles.cols, "DEPTH": tiles.depth, "GATED": self.gated, "GELU": self.gelu, "RESIDUAL": residual,
+            "BIAS": self.bias is not None, "BITS": self.bits, "PLACES": 0 if best is None else best.shape[1],
+            "FETCH": tiles.fetch if pdl else 0, "num_warps": tiles.warps, **chained(pdl),
         }  # fmt: skip
-        if pdl:
-            constants["launch_pdl"] = True
-        held = [absent if part is None else part for part in (self.gain, weight, self.scales, self.bias)]
-        sizes = (self.depth, self.outputs, rows, programs, self.epsilon)
-        places = (absent, absent) if best is None else best
-        with on(weight.device):
-            if tiles.stages == 0:
-                thin[(programs,)](given, *held, out, places, sizes, ROWS=_power(rows), **constants)
-            else:
-                # a matrix unit takes 16 rows or more: the buffers have them
-                wide[(programs,)](
-                    given, *held, out, places, sizes, ROWS=max(16, _power(rows)), TURNED=tiles.turned,
-                    STAGES=tiles.stages, TYPE=_KINDS[self.dtype], num_stages=tiles.stages, **constants,
-                )  # fmt: skip
 
 
 _KINDS = {} if tl is None else {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def _power(number: int) -> int:
+def power(number: int) -> int:
+    """The least power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
+
+
+def chained(pdl: int) -> dict[str, Any]:
+    """What launches a kernel before the one ahead has finished; it waits where it must (`ahead`)."""
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": 0}
 
 
 def tiles_for(product: Product, rows: int) -> Tiles:
     """What measured fastest on an H200 (benchmarks/gpu/products.py); few large ones where each is a Python call."""
     if product.weight.device.type == "cpu":
-        return Tiles(64, 256, 4, 0 if rows <= 4 else 2, rows > 16)
-    if rows <= 4:
-        depth = 512 if product.depth <= 768 else 1024 if product.depth < 2048 else 2048
-        return Tiles(2 if product.gated else 4, depth, 4)
+        return Tiles(64, 256, 4, 2, rows > 16, 2 if product.splits and rows > 1 else 1)
+    if product.dtype is torch.float32 and rows > 1:
+        return Tiles(16, 64, 4, 3)
+    if rows == 1:
+        return Tiles(4, 1024, 4) if product.depth <= 1024 else Tiles(2, 2048, 4)
     if rows <= 16:
-        return Tiles(16, 128, 4, 4)
-    return Tiles(64, 64, 4, 4, turned=True)
+        return Tiles(16, 256, 2, 4) if product.splits else Tiles(64, 64, 4, 5, True)
+    if product.splits:
+        return Tiles(16, 128, 4, 5)
+    return Tiles(32, 128, 4, 4) if product.outputs < 4096 else Tiles(64, 64, 4, 5, True)

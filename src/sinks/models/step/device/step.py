@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,16 +16,33 @@ from transformers import PreTrainedModel
 from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
-from sinks.models.step.device.linear import Product, tiles_for
-from sinks.models.step.device.small import add_normed, choose, embed, norm_heads, norm_rows
+from sinks.kernels.device.step import HeadNorms
+from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
+from sinks.models.step.device.small import choose, embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
 from sinks.models.step.slots import Seats
 
 LEAST_ROWS = 16
 """Rows of a buffer, however few are used: what a matrix unit reads."""
 
-FUSED_ROWS = 8
-"""Up to so many rows, every program of a product normalises them itself."""
+_CAPTURING = Lock()
+
+PLACES = 64
+"""Where programs of the output head leave their best: one would be fought for."""
+
+MOST_PARTS = 8
+"""Parts that a product's result may come in."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Which kernels let those behind begin before they end: products (1: after waiting, 2: at once), attention."""
+
+    products: int
+    attention: bool
+
+
+CHAINED = Chain(1, False)
 
 
 class DeviceModel:
@@ -54,7 +72,7 @@ class _Buffers:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         self.states = room(width, dtype=torch.float32)
-        self.branch = room(width, dtype=torch.float32) if first.after_mlp is not None else self.states
+        self.branch = torch.zeros(MOST_PARTS, rows, width, device=device)
         self.normed = room(width)
         self.heads = room(queries + 2 * keys, dim)
         self.seen = room(queries, dim)
@@ -69,13 +87,16 @@ class DeviceStep:
     Under Triton's interpreter the same kernels run one by one.
     """
 
-    def __init__(self, weights: DeviceWeights, seats: Seats, pdl: bool = False) -> None:
-        self.weights = weights
+    def __init__(
+        self, weights: DeviceWeights, seats: Seats, chain: Chain = CHAINED,
+        tiles: Callable[[Product, int], Tiles] = tiles_for,
+    ) -> None:  # fmt: skip
+        self.weights, self.tiles_for = weights, tiles
         self.rings, self.sizes, self.rotaries, self.start = seats.rings, seats.sizes, seats.rotaries, seats.start
         self.seats = len(seats.rings[0][0])
         self.device = weights.embed.device
-        self.buffers = _Buffers(weights, _power(self.seats), self.device)
-        self.pdl = pdl and self.device.type == "cuda"
+        self.buffers = _Buffers(weights, power(self.seats), self.device)
+        self.chain = chain if self.device.type == "cuda" else Chain(0, False)
         self.captures = 0
         self._programs: dict[int, _Program] = {}
         self._pool: Any = None
@@ -95,12 +116,12 @@ class DeviceStep:
         The logits are valid until the next call. Raises InvalidInput for rows that do not fit together.
         """
         count = len(rows)
-        if not len(ids) == count == len(positions) or not 0 < count <= _power(self.seats):
+        if not len(ids) == count == len(positions) or not 0 < count <= power(self.seats):
             raise InvalidInput(
                 f"{len(ids)} tokens, {count} rows and {len(positions)} positions for {self.seats} seats: give one of "
                 "each a row, and no more rows than seats"
             )
-        program = self._program(_power(count))
+        program = self._program(power(count))
         program.place(ids, rows, positions)
         program()
         self._last = program
@@ -134,30 +155,30 @@ class _Program:
         self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
         self.control[2] = -1
         self.graph: Any = None
-        weights = step.weights
-        programs = weights.head.programs(tiles_for(weights.head, rows))
-        self.best = (
-            torch.zeros(rows, programs, device=step.device),
-            torch.zeros(rows, programs, dtype=torch.int32, device=step.device),
-        )
-        self.attend = self._attends(step)
+        self.best = torch.full((rows, PLACES), torch.iinfo(torch.int64).min, device=step.device)
+        self.attend, self.tables = self._attends(step)
 
-    def _attends(self, step: DeviceStep) -> list[Step]:
-        """One for all layers alike: they take turns."""
-        made: dict[Any, Step] = {}
-        query = step.buffers.heads[: self.rows, : step.weights.heads[0]]
-        found = []
-        for block, ring, size, rotary in zip(
-            step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True
-        ):
-            key = (size, id(rotary), block.scale)
-            if key not in made:
-                made[key] = Step.prepare(
-                    query, ring[0], sinks=size[0], window=size[1], scoring=Scoring(block.scale, rotary),
-                    start=step.start,
+    def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
+        """How each layer attends; layers that turn alike share cosines and sines, and take turns with one memory."""
+        shared: dict[Any, tuple[Step, Tensor]] = {}
+        found, query = [], step.buffers.heads[: self.rows, : step.weights.heads[0]]
+        layers = zip(step.weights.blocks, step.rings, step.sizes, step.rotaries, strict=True)
+        for block, ring, (sinks, window), rotary in layers:
+            key = (sinks, window, id(rotary))
+            if key not in shared:
+                made = Step.prepare(
+                    query, ring[0] if len(ring) == 2 else (ring[0], ring[1], ring[2]), sinks=sinks,
+                    window=window, scoring=Scoring(block.scale, rotary), start=step.start,
                 )  # fmt: skip
-            found.append(made[key])
-        return found
+                made = replace(made, cut=replace(made.cut, overlap=step.chain.attention))
+                shared[key] = made, made.tables(self.control[2])
+            made, tables = shared[key]
+            norms = None
+            if block.head_norms is not None:
+                first, second = block.head_norms
+                norms = HeadNorms(first.gain, second.gain, first.epsilon, first.offset == 1)
+            found.append((replace(made, scoring=Scoring(block.scale, rotary), norms=norms), tables))
+        return found, list(shared.values())
 
     def place(self, ids: Sequence[int] | Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Put what the host says where the kernels look."""
@@ -170,7 +191,7 @@ class _Program:
 
     def capture(self, pool: Any) -> None:
         """Compile on rows that rest, then record."""
-        with on(self.device):
+        with _CAPTURING, on(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -178,7 +199,8 @@ class _Program:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: what other threads ask of the GPU meanwhile is their own affair
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._launch()
             self.graph = graph
 
@@ -193,64 +215,69 @@ class _Program:
         weights, buffers, rows = step.weights, step.buffers, self.rows
         ids, _, positions = self.control
         width = weights.embed.shape[1]
+        self.pending: tuple[int, Norm | None] = (0, None)
         with on(self.device):
             embed[(rows, -(-width // 1024))](
                 ids, weights.embed, buffers.states, (width, weights.factor), WIDTH=1024, PDL=False
             )
+            for made, tables in self.tables:
+                made.tables(positions, tables)
             for layer, block in enumerate(weights.blocks):
                 self._block(layer, block)
-            self._product(weights.head, buffers.states, buffers.logits, self.best)
+            self._after_norm(weights.head, buffers.logits, self.best)
             choose[(rows,)](
-                self.best, ids, positions, buffers.greedy, self.best[0].shape[1], WIDTH=1024, **self._pdl(), num_warps=8
+                self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(step.chain.products)
             )
 
     def _block(self, layer: int, block: DeviceBlock) -> None:
         step: Any = self.step
         buffers, rows, (queries, keys) = step.buffers, self.rows, step.weights.heads
-        self._product(block.qkv, buffers.states, buffers.heads)
+        self._after_norm(block.qkv, buffers.heads)
         heads = buffers.heads[:rows]
-        if block.head_norms is not None:
-            dim = step.weights.head_dim
-            first, second = block.head_norms
-            norm_heads[(rows, queries + keys)](
-                heads, (first.gain, second.gain), (queries + 2 * keys, queries, first.epsilon), DIM=dim,
-                PADDED=_power(dim), OFFSET=first.offset, **self._pdl(), num_warps=1,
-            )  # fmt: skip
         query, key, value = heads.split((queries, keys, keys), dim=1)
-        attend_step(
-            self.attend[layer], query, key, value, *step.rings[layer], self.control[2], self.control[1],
-            buffers.seen[:rows],
+        (attend, tables), ring = self.attend[layer], step.rings[layer]
+        places = self.control[2], self.control[1], buffers.seen[:rows], tables
+        if len(ring) == 2:
+            attend_step(attend, query, key, value, ring[0], ring[1], *places)
+        else:
+            attend_step(attend, query, key, value, (ring[0], ring[1], ring[2]), (ring[3], ring[4], ring[5]), *places)
+
+        self._branch(block.out, buffers.seen, block.after_attention)
+        self._after_norm(block.gate_up, buffers.inner)
+        self._branch(block.down, buffers.inner, block.after_mlp)
+
+    def _branch(self, product: Product, given: Tensor, after: Norm | None) -> None:
+        """What goes to the residual: at once, or in parts that the next norm adds up."""
+        step: Any = self.step
+        tiles = step.tiles_for(product, self.rows)
+        if self.rows == 1 and after is None:
+            product.one(given, step.buffers.states, tiles, residual=True, best=None, pdl=step.chain.products)
+            return
+        if self.rows == 1:
+            product.one(given, step.buffers.branch, tiles, residual=False, best=None, pdl=step.chain.products)
+        else:
+            product.many(given, step.buffers.branch, self.rows, tiles, best=None, pdl=step.chain.products)
+        self.pending = (1 if self.rows == 1 else tiles.splits, after)
+
+    def _after_norm(self, product: Product, out: Tensor, best: Tensor | None = None) -> None:
+        """The product of the normalised residual, to which what is pending has been added."""
+        step: Any = self.step
+        buffers, tiles = step.buffers, step.tiles_for(product, self.rows)
+        parts, after = self.pending
+        if self.rows == 1 and parts == 0:
+            product.one(buffers.states, out, tiles, residual=False, best=best, pdl=step.chain.products)
+            return
+        width = product.depth
+        gain = product.gain
+        join[(self.rows,)](
+            buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
+            (width, 0.0 if after is None else after.epsilon, product.epsilon, self.rows * width),
+            PARTS=parts, AFTER=after is not None,
+            WIDTH=power(width), OFFSET=product.offset, num_warps=8, **chained(step.chain.products),
         )  # fmt: skip
-        self._product(block.out, buffers.seen, buffers.branch)
-        self._add(block.after_attention)
-        self._product(block.gate_up, buffers.states, buffers.inner)
-        self._product(block.down, buffers.inner, buffers.branch)
-        self._add(block.after_mlp)
-
-    def _product(
-        self, product: Product, given: Tensor, out: Tensor, best: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        if product.gain is not None and self.rows > FUSED_ROWS:
-            width, normed = product.depth, self.step.buffers.normed
-            norm_rows[(self.rows,)](
-                given, product.gain, normed, (width, product.epsilon), WIDTH=_power(width), OFFSET=product.offset,
-                **self._pdl(), num_warps=8,
-            )  # fmt: skip
-            given, product = normed, replace(product, gain=None)
-        product(given, out, self.rows, tiles_for(product, self.rows), best, self.step.pdl)
-
-    def _add(self, norm: Norm | None) -> None:
-        if norm is not None:
-            buffers = self.step.buffers
-            width = buffers.states.shape[1]
-            add_normed[(self.rows,)](
-                buffers.branch, norm.gain, buffers.states, (width, norm.epsilon), WIDTH=_power(width),
-                OFFSET=norm.offset, **self._pdl(), num_warps=8,
-            )  # fmt: skip
-
-    def _pdl(self) -> dict[str, Any]:
-        return {"PDL": True, "launch_pdl": True} if self.step.pdl else {"PDL": False}
-
-
-def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+        self.pending = (0, None)
+        if self.rows == 1:
+            bare = replace(product, gain=None)
+            bare.one(buffers.normed, out, tiles, residual=False, best=best, pdl=step.chain.products)
+        else:
+            product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=step.chain.products)

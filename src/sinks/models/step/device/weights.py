@@ -12,14 +12,12 @@ from transformers import PreTrainedModel
 
 from sinks.errors import UnsupportedModel, UnsupportedOption
 from sinks.kernels.device.language import need_triton
-from sinks.kernels.device.step import HEAD_DIMS
+from sinks.kernels.device.step.launch import HEAD_DIMS
 from sinks.models.families import base_of
-from sinks.models.step.blocks import ATTENTION
+from sinks.models.step.blocks import activation_of, why_not
 from sinks.models.step.device.linear import Product
-from sinks.models.weights.packed import Int8Linear
+from sinks.models.weights.packed import Int4Rows, Int8Linear
 
-SHAPED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -62,27 +60,15 @@ class DeviceWeights:
 def why_no_device_step(model: PreTrainedModel) -> str | None:
     """What keeps this model from a decode step in one CUDA graph, as a sentence; None if nothing does."""
     base: Any = base_of(model)
-    config = base.config
-    if config.model_type not in SHAPED:
-        return f"{config.model_type} is not among {', '.join(SHAPED)}"
-    if base is model or model.get_output_embeddings() is None:
-        return "it has no output head"
-    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if act not in ACTIVATIONS:
-        return f"its activation is {act}, not one of {', '.join(ACTIVATIONS)}"
-    for block in base.layers:
-        names = {name for name, _ in block.self_attn.named_children()}
-        if names not in ATTENTION:
-            return f"its attention is made of {', '.join(sorted(names))}"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
-        return "it caps its scores or logits"
+    if reason := why_not(model):
+        return reason
     head_dim = base.layers[0].self_attn.head_dim
     if head_dim not in HEAD_DIMS:
         return f"its heads have {head_dim} dimensions, not one of {', '.join(map(str, HEAD_DIMS))}"
     if model.dtype not in DTYPES:
         return f"its kernels are not for {str(model.dtype).removeprefix('torch.')}"
     kinds = {type(part) for block in base.layers for part in _linears(block)} | {type(model.get_output_embeddings())}
-    if others := kinds - {nn.Linear, Int8Linear}:
+    if others := kinds - {nn.Linear, Int4Rows, Int8Linear}:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in others))}"
     try:
         need_triton(model.device)
@@ -101,8 +87,8 @@ def device_weights(model: PreTrainedModel) -> DeviceWeights:
     return DeviceWeights(
         embed=embed.weight.detach(),
         factor=1.0 if factor is None else float(torch.as_tensor(factor).to(model.dtype)),
-        blocks=tuple(_block(layer) for layer in base.layers),
-        head=_product(head, norm_of(base.norm)),
+        blocks=tuple(_block(layer, activation_of(base.config) != "silu", model.dtype) for layer in base.layers),
+        head=_product(head, norm_of(base.norm), model.dtype),
         heads=(base.config.num_attention_heads, base.config.num_key_value_heads),
         head_dim=base.layers[0].self_attn.head_dim,
         dtype=model.dtype,
@@ -115,19 +101,18 @@ def _linears(block: Any) -> list[Any]:
     return [*inward, attention.o_proj, mlp.down_proj]
 
 
-def _block(layer: Any) -> DeviceBlock:
+def _block(layer: Any, gelu: bool, dtype: torch.dtype) -> DeviceBlock:
     attention, mlp = layer.self_attn, layer.mlp
     four = hasattr(layer, "pre_feedforward_layernorm")
     head_norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if hasattr(attention, "q_norm") else None
     before_mlp = norm_of(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm)
-    gelu = ACTIVATIONS[getattr(layer.mlp.config, "hidden_act", None) or layer.mlp.config.hidden_activation]
     return DeviceBlock(
-        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj], norm_of(layer.input_layernorm)),
+        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj], norm_of(layer.input_layernorm), dtype),
         head_norms=head_norms,
-        out=_product([attention.o_proj], None, residual=not four),
+        out=_product([attention.o_proj], None, dtype, splits=True),
         after_attention=norm_of(layer.post_attention_layernorm) if four else None,
-        gate_up=_product([mlp.gate_proj, mlp.up_proj], before_mlp, gated=True, gelu=gelu),
-        down=_product([mlp.down_proj], None, residual=not four),
+        gate_up=_product([mlp.gate_proj, mlp.up_proj], before_mlp, dtype, gated=True, gelu=gelu),
+        down=_product([mlp.down_proj], None, dtype, splits=True),
         after_mlp=norm_of(layer.post_feedforward_layernorm) if four else None,
         scale=attention.scaling,
     )
@@ -140,15 +125,16 @@ def norm_of(module: Any) -> Norm:
     return Norm(module.weight.detach(), epsilon, 1.0 if gemma else 0.0)
 
 
-def _product(parts: Sequence[Any], norm: Norm | None, **more: Any) -> Product:
+def _product(parts: Sequence[Any], norm: Norm | None, dtype: torch.dtype, **more: Any) -> Product:
     if norm is not None:
         more |= {"gain": norm.gain, "epsilon": norm.epsilon, "offset": norm.offset}
     bias = None if all(part.bias is None for part in parts) else beside([part.bias for part in parts])
-    if isinstance(parts[0], Int8Linear):
-        scales = beside([part.scales for part in parts])
-        return Product(beside([part.values for part in parts]), scales.dtype, scales=scales, bias=bias, **more)
-    weight = beside([part.weight for part in parts])
-    return Product(weight, weight.dtype, bias=bias, **more)
+    kinds = {type(part) for part in parts}
+    if kinds == {nn.Linear}:
+        return Product(beside([part.weight for part in parts]), dtype, bias=bias, **more)
+    name = "values" if kinds == {Int8Linear} else "packed"
+    weight, scales = (beside([getattr(part, held) for part in parts]) for held in (name, "scales"))
+    return Product(weight, dtype, scales=scales, bias=bias, **more)
 
 
 def beside(parts: Sequence[Any]) -> Tensor:
