@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -16,10 +16,21 @@ from sinks.cache.plan import Plan
 from sinks.errors import InvalidInput, SinksError
 from sinks.evals.speed.gpu.band import Attended, Statistics, Text, attended, statistics_cost
 from sinks.evals.speed.gpu.clock import copy_rate, need_gpu, product_rate
-from sinks.evals.speed.gpu.decode import Decoded, Entrant, Flatness, Writer, decode, entrants, flatness, sessions
-from sinks.evals.speed.gpu.shapes import SHAPES
+from sinks.evals.speed.gpu.decode import (
+    Decoded,
+    Entrant,
+    Flatness,
+    Packed,
+    Writer,
+    decode,
+    entrants,
+    flatness,
+    sessions,
+)
+from sinks.evals.speed.gpu.shapes import SHAPES, ring_bytes, weight_bytes
 from sinks.models.load import Loaded, load
 from sinks.models.step.device.step import DeviceModel
+from sinks.models.weights.quantize import QUANTS, Quant, quantize
 from sinks.types import Stage, unwatched
 
 PARTS = ("decode", "attention")
@@ -40,6 +51,7 @@ class GpuBench:
     rounds: int = 9
     texts: tuple[Text, ...] = (Text(16_384, 1_020, 128), Text(65_536, 4_092, 128), Text(16_384, 1_020, 64))
     watched: tuple[Text, ...] = (Text(131_072, 1_020, 128), Text(131_072, 1_020, 64))
+    quants: tuple[Quant, ...] = QUANTS
     parts: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
@@ -50,7 +62,7 @@ class GpuBench:
 
 QUICK = GpuBench(
     models=("SmolLM2-135M", "Llama-3.2-1B"), rows=(1, 64), plans=(Plan(4, 1020),), steps=32, rounds=5,
-    texts=(Text(16_384, 1_020, 128),), watched=(Text(131_072, 1_020, 128),),
+    texts=(Text(16_384, 1_020, 128),), watched=(Text(131_072, 1_020, 128),), quants=("none",),
 )  # fmt: skip
 
 
@@ -112,33 +124,42 @@ def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
 
 
 def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage) -> None:
-    cases = list(product(bench.plans, bench.rows))
-    name, model = candidate.name, candidate.build()
+    name, cases = candidate.name, list(product(bench.plans, bench.rows))
     listen = stage(name, len(cases) + 1)
-    packed = _packed(name, model, found.absent)
+    model = candidate.build()
+    ours = list(_packed(candidate, model, bench.quants, found.absent))
     for plan, rows in cases:
-        everybody = list(entrants(model, packed, plan, rows, bench.steps))
+        everybody = [*entrants(model, ours, plan, rows, bench.steps)]
         if candidate.load is not None and rows == 1:
-            loaded = candidate.load
-            everybody.append(("sinks Session", lambda: Writer(sessions(loaded(), plan), bench.steps)))  # noqa: B023
+            everybody.append(("sinks Session", partial(_session, candidate.load, plan, bench.steps)))
         ready = _ready(f"{name}, {rows} rows, window {plan.window:,}", everybody, found.absent)
         if ready:
-            found.decoded += decode(name, model, ready, (plan, rows), found.copy_rate, bench.rounds)
+            found.decoded += decode(name, ready, (plan, rows), found.copy_rate, bench.rounds)
         ready.clear()
         _clear()
         listen(1)
-    if packed is not None:
-        case = bench.plans[0], bench.rows[0]
-        found.flat[name] = flatness(model, packed, case, bench.steps, bench.rounds)
+    if ours:
+        found.flat[name] = flatness(ours[0], (bench.plans[0], bench.rows[0]), bench.steps, bench.rounds)
     listen(1)
 
 
-def _packed(name: str, model: PreTrainedModel, absent: list[str]) -> DeviceModel | None:
-    try:
-        return DeviceModel(model)
-    except SinksError as error:
-        absent.append(f"sinks on {name}: {error}")
-        return None
+def _session(load: Callable[[], Loaded], plan: Plan, steps: int) -> Writer:
+    loaded = load()
+    read = weight_bytes(loaded.model) + ring_bytes(loaded.model, plan, 1)
+    return Writer(sessions(loaded, plan), steps, read)
+
+
+def _packed(
+    candidate: Candidate, whole: PreTrainedModel, quants: Sequence[Quant], absent: list[str]
+) -> Iterator[Packed]:
+    """Our weights: the model's own, and rounded from a model of their own."""
+    for quant in quants:
+        name = "sinks" if quant == "none" else f"sinks, {quant}"
+        try:
+            model = whole if quant == "none" else quantize(candidate.build(), quant)
+            yield Packed(name, model, DeviceModel(model))
+        except SinksError as error:
+            absent.append(f"{name} on {candidate.name}: {error}")
 
 
 def _ready(case: str, everybody: Iterable[Entrant], absent: list[str]) -> dict[str, Writer]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sinks.cache.plan import Plan
 from sinks.errors import UnsupportedOption
 from sinks.evals.speed.gpu.clock import bursts, captured
 from sinks.evals.speed.gpu.ring import ModuleSteps
-from sinks.evals.speed.gpu.shapes import ceiling
+from sinks.evals.speed.gpu.shapes import ceiling, ring_bytes, weight_bytes
 from sinks.evals.speed.writers import Ours
 from sinks.models.families import describe
 from sinks.models.load import Loaded
@@ -41,10 +42,11 @@ Run = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes; `run(n)` makes n greedy steps of all rows, and a burst is `burst` of them."""
+    """Who writes; `run(n)` makes n greedy steps of all rows, `burst` are a burst, and each must read `read` bytes."""
 
     run: Run
     burst: int
+    read: int
 
 
 Entrant = tuple[str, Callable[[], Writer]]
@@ -147,12 +149,22 @@ class Generate:
         self._ids = generate(self._ids, attention_mask=mask, past_key_values=self._cache, generation_config=settings)
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A model whose weights our step reads, as they are or rounded."""
+
+    name: str
+    model: PreTrainedModel
+    weights: DeviceModel
+
+
 class Seated:
     """Our step over random rings, at any position of the stream."""
 
-    def __init__(self, model: PreTrainedModel, packed: DeviceModel, plan: Plan, rows: int) -> None:
+    def __init__(self, ours: Packed, plan: Plan, rows: int) -> None:
+        model = ours.model
         self._seats = random_seats(model, plan, rows)
-        self._step = packed.step(self._seats)
+        self._step = ours.weights.step(self._seats)
         self._rows = list(range(rows))
         self._ids: Tensor = torch.randint(model.config.vocab_size, (rows,), device=model.device)
         self.stand_at(NEAR)
@@ -201,29 +213,38 @@ def random_seats(model: PreTrainedModel, plan: Plan, rows: int) -> Seats:
 
 
 def entrants(
-    model: PreTrainedModel, packed: DeviceModel | None, plan: Plan, rows: int, steps: int
+    model: PreTrainedModel, ours: Sequence[Packed], plan: Plan, rows: int, steps: int
 ) -> Iterator[Entrant]:
-    """Everybody by name, and how to bring them to the start; ours only if the weights could be packed."""
-    if packed is not None:
-        yield "sinks", lambda: Writer(Seated(model, packed, plan, rows).run, steps)
-    yield "its modules over our rings, one graph", lambda: Writer(ModuleSteps(model, plan, rows, NEAR).run, steps)
-    yield "transformers, one graph", lambda: Writer(StaticSteps(model, rows, plan.capacity).run, steps)
-    yield "transformers generate()", lambda: Writer(Generate(model, rows, plan.capacity).run, SLOW)
+    """Everybody by name, and how to bring them to the start; a burst is `steps`, but for those that a host drives."""
+    rings = ring_bytes(model, plan, rows)
+    for one in ours:
+        yield one.name, partial(_ours, one, (plan, rows), steps, weight_bytes(one.model) + rings)
+    read = weight_bytes(model) + rings
+    others: dict[str, Callable[[], Writer]] = {
+        "its modules over our rings, one graph": lambda: Writer(ModuleSteps(model, plan, rows, NEAR).run, steps, read),
+        "transformers, one graph": lambda: Writer(StaticSteps(model, rows, plan.capacity).run, steps, read),
+        "transformers generate()": lambda: Writer(Generate(model, rows, plan.capacity).run, SLOW, read),
+    }
+    yield from others.items()
+
+
+def _ours(one: Packed, case: tuple[Plan, int], steps: int, read: int) -> Writer:
+    return Writer(Seated(one, *case).run, steps, read)
 
 
 def decode(
-    name: str, model: PreTrainedModel, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int
+    name: str, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int
 ) -> list[Decoded]:
     """Let the writers take turns; `case` is the plan and the rows, `rate` the copy rate of this run in TB/s."""
     plan, rows = case
-    most = ceiling(model, plan, rows, rate)
     times = bursts({who: (each.run, each.burst) for who, each in writers.items()}, rounds)
-    return [Decoded(name, rows, plan.window, who, tuple(each), most) for who, each in times.items()]
+    most = {who: ceiling(each.read, rows, rate) for who, each in writers.items()}
+    return [Decoded(name, rows, plan.window, who, tuple(each), most[who]) for who, each in times.items()]
 
 
-def flatness(model: PreTrainedModel, packed: DeviceModel, case: tuple[Plan, int], steps: int, rounds: int) -> Flatness:
+def flatness(ours: Packed, case: tuple[Plan, int], steps: int, rounds: int) -> Flatness:
     """Our step early and late in the stream, in turn; `case` is the plan and the rows."""
     plan, rows = case
-    seated = Seated(model, packed, plan, rows)
+    seated = Seated(ours, plan, rows)
     times = bursts({"near": (seated.run_at(NEAR), steps), "far": (seated.run_at(FAR), steps)}, rounds)
     return Flatness(rows, plan.window, tuple(times["near"]), tuple(times["far"]))

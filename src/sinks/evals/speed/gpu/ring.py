@@ -67,7 +67,7 @@ class OpenStream(Cache):
         step = self._steps[layer]
         if step is None:
             scoring = Scoring(rotary=self._rotary, **options)
-            sizes = {"sinks": self.plan.sinks, "window": self.plan.window}
+            sizes: dict[str, Any] = {"sinks": self.plan.sinks, "window": self.plan.window}
             self._steps[layer] = step = Step.prepare(query, keys, scoring=scoring, **sizes)
         return attend_step(step, query, key, value, keys, values, self.positions)[0].unsqueeze(2)
 
