@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sinks.models.families import describe
+from sinks.models.parallel.share import refuse_shared
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,7 +20,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Sums of integers, so the same on every device and in any order of addition. Another data type is another model:
     its keys differ. Reads each weight once: 0.2 s for 135 million on two cores.
+
+    Raises UnsupportedOption for a model of which this process holds a share: a snapshot would hold a share of a stream.
     """
+    refuse_shared(model, "a snapshot")
     scheme = describe(model)
     digest = hashlib.sha256(repr((scheme.family, scheme.layers, scheme.trained_length)).encode())
     rotaries = scheme.rotaries(1)

@@ -8,18 +8,22 @@ import typer
 
 from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
 
+WIDE = 120
+"""Columns of the GPU's tables where nobody says how many there are."""
+
 
 def register(app: typer.Typer) -> None:
-    """Add `sinks bench` and `sinks bench cpu` to `app`."""
+    """Add `sinks bench`, `sinks bench cpu` and `sinks bench gpu` to `app`."""
     group = typer.Typer(rich_markup_mode=None)
     group.callback(invoke_without_command=True)(bench)
     group.command("cpu")(cpu)
+    group.command("gpu")(gpu)
     app.add_typer(group, name="bench")
 
 
 @no_type_check  # the context that typer hands over is no `typer.Context`, and shape checking under test would object
 def bench(context: typer.Context) -> None:
-    """Measure speed against peers: say which bench, `sinks bench cpu`."""
+    """Measure speed against peers: say which bench, `sinks bench cpu` or `sinks bench gpu`."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -70,3 +74,37 @@ def cpu(
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(speed_summary(settings, speeds, entrants, load_before))
+
+
+def gpu(
+    quick: bool = typer.Option(False, "--quick", help="Two shapes, two batches and one text instead of everything."),
+    only: str | None = typer.Option(None, help="Only this part: decode or attention; by default both."),
+    json: Path | None = typer.Option(None, help="Also write every number to this file."),
+) -> None:
+    """What this GPU does: tokens a second against its ceiling and transformers, attention against FlexAttention.
+
+    Random weights in known shapes, and the built-in model where it can be had. The ceilings are measured in the same
+    run; who could not take part, and why, is said at the end.
+    """
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from sinks.evals.speed.gpu.bench import QUICK, GpuBench, measure
+    from sinks.evals.speed.gpu.clock import need_gpu
+    from sinks.report.document import to_json
+    from sinks.report.files import results_folder, write_together
+    from sinks.report.gpu_speed import gpu_document, gpu_summary
+
+    settings = QUICK if quick else GpuBench()
+    if only is not None:
+        settings = replace(settings, parts=(only,))
+    need_gpu("bench gpu")
+    with results_folder(Path() if json is None else json.parent) as folder, progress_bars() as stage:
+        found = measure(settings, stage)
+        if json is not None:
+            write_together(folder, {json.name: to_json(gpu_document(settings, found)).encode()})
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(gpu_summary(found))

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import torch
 import transformers
+from torch.distributed.device_mesh import DeviceMesh
 
 from sinks.assets.catalogue import DEFAULT_MODEL, ModelAsset, find_model, model_names, models_of, suggestion
 from sinks.assets.fetch import fetch_model
@@ -28,6 +29,7 @@ from sinks.models.checkpoints.pretrained import (
     refuse_missing,
 )
 from sinks.models.checkpoints.quiet import quiet
+from sinks.models.parallel.share import check_parallel, share
 from sinks.models.step.blocks import why_not
 from sinks.models.step.hasten import hasten, steps_of
 from sinks.models.weights.quantize import NOTES, check_quant, quantize
@@ -68,6 +70,7 @@ def load(
     trust_remote_code: bool = False,
     accept_terms: bool = False,
     quant: str = "none",
+    parallel: DeviceMesh | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
@@ -84,20 +87,24 @@ def load(
         accept_terms: the user has read and accepts the terms of a built-in model that has some.
         quant: "int8" or "int4" rounds the linear weights (see `quantize`) and, where the model is
             Llama-shaped, hastens its decode steps (see `hasten`); `Source.note` says both. "none" leaves it alone.
+        parallel: keep this process's share of the model alone, on its device of this mesh (see `share` and `line` in
+            `sinks.models.parallel`); `device` then names the type of the mesh's devices.
         progress: told about downloaded bytes; None draws a bar when standard error is a terminal.
 
     Raises:
         UnknownName: nothing has this name.
         UnsafeCheckpoint: it is a pickle, or needs code while `trust_remote_code` is off.
         UnsupportedModel: it is no causal language model, one that transformers does not know, or one that cannot be
-            quantised.
+            quantised or shared.
         FetchError: it could not be downloaded; the message says what to do without a network.
         ChecksumError: what was downloaded is not what was asked for.
         AssetError: it is damaged or incomplete, its terms are not accepted, or the cache folder cannot be written.
-        InvalidInput: no such dtype, device or quantisation, or not together.
+        InvalidInput: no such dtype, device or quantisation, or not together; or the processes do not divide the model.
     """
     element, place = element_type(dtype), placement(device)
     check_quant(quant, place, element)
+    if parallel is not None:
+        check_parallel(parallel, place, quant)
     with reporting(progress) as report:
         folder, source = _find(name, trust_remote_code, accept_terms, report)
     check_config(folder, trust_remote_code)
@@ -107,8 +114,11 @@ def load(
         model, missing = read_model(transformers.AutoModelForCausalLM, folder, element, trust_remote_code)
         refuse_missing(folder, missing)
         tokenizer = read_tokenizer(folder, trust_remote_code)
-    cast(torch.nn.Module, model).to(place)  # the annotation of transformers' own `to` lost its `self`
     model.eval()
+    if parallel is not None:
+        note = "; ".join(filter(None, (source.note, f"shared between {parallel.size()} processes")))
+        return Loaded(share(model, parallel), tokenizer, replace(source, note=note))
+    cast(torch.nn.Module, model).to(place)  # the annotation of transformers' own `to` lost its `self`
     return quantized(Loaded(model, tokenizer, source), quant)
 
 

@@ -33,6 +33,7 @@ from sinks.models.attach import (
     streaming,
 )
 from sinks.models.families import base_of
+from sinks.models.parallel.share import refuse_shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,9 @@ def observe(model: PreTrainedModel, lens: Lens) -> Iterator[None]:
     """Let `lens` see, and bend, the attention of every forward pass inside the block. Lenses stack.
 
     Raises UnsupportedModel if the model does not ask a registered function for its attention, UnsupportedOption for a
-    pass that cannot be observed, with the way that can.
+    pass that cannot be observed, with the way that can, and for a model that is shared between processes.
     """
+    refuse_shared(model, "observation")
     base = base_of(model)
     if base in LENSES:
         LENSES[base].append(lens)

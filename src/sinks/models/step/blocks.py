@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sinks.errors import UnsupportedModel
 from sinks.models.families import base_of
+from sinks.models.parallel.share import share_of
 from sinks.models.weights.packed import PackedLinear
 
 Layer = Callable[[Tensor], Tensor]
@@ -61,6 +62,8 @@ class StepModel:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """What keeps this model from a lean decode step, as a sentence; None if nothing does."""
+    if share_of(model) is not None:
+        return "it is shared between processes"
     base: Any = base_of(model)
     config = base.config
     if config.model_type not in SHAPED:

@@ -1,0 +1,250 @@
+"""Who writes on a GPU: our step, a model's own modules over our rings, and transformers, each as a count of steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+
+from sinks.cache.plan import Plan
+from sinks.errors import UnsupportedOption
+from sinks.evals.speed.gpu.clock import bursts, captured
+from sinks.evals.speed.gpu.ring import ModuleSteps
+from sinks.evals.speed.gpu.shapes import ceiling, ring_bytes, weight_bytes
+from sinks.evals.speed.writers import Ours
+from sinks.models.families import describe
+from sinks.models.load import Loaded
+from sinks.models.step.blocks import why_not
+from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.hasten import hasten
+from sinks.models.step.slots import Seats
+
+NEAR, FAR = 5_000, 10_000_000
+"""Positions in a stream that has let go of most of what it read, and of nearly everything."""
+
+SLOW = 4
+"""Steps a burst of writers that a host drives kernel by kernel."""
+
+ROOM = 512
+"""Slots that transformers' cache of fixed size has beyond the keys that are there when a burst begins."""
+
+READ = 65_536
+"""Tokens of all rows that transformers reads in one pass before it writes."""
+
+Run = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes; `run(n)` makes n greedy steps of all rows, `burst` are a burst, and each must read `read` bytes."""
+
+    run: Run
+    burst: int
+    read: int
+
+
+Entrant = tuple[str, Callable[[], Writer]]
+"""A writer's name, and how to bring it to the start."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one writer did: milliseconds a step by round, and what they come to."""
+
+    model: str
+    rows: int
+    window: int
+    writer: str
+    milliseconds: tuple[float, ...]
+    ceiling: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together, from the median."""
+        return 1e3 * self.rows / statistics.median(self.milliseconds)
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling."""
+        return self.tokens_per_second / self.ceiling
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Milliseconds a step of ours, by round, at positions `NEAR` and `FAR`."""
+
+    rows: int
+    window: int
+    near: tuple[float, ...]
+    far: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Late over early, median of the rounds."""
+        return statistics.median(late / early for early, late in zip(self.near, self.far, strict=True))
+
+
+class StaticSteps:
+    """Greedy steps of transformers with its cache of fixed size, in one CUDA graph; `kept` keys to begin with.
+
+    It attends over all its slots, the masked ones too, as `generate` with a compiled static cache does.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, kept: int) -> None:
+        self._model, self._kept = model, kept
+        self._cache = StaticCache(config=model.config, max_cache_len=kept + ROOM)
+        self._ids = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
+        with torch.no_grad():
+            self._step()
+            for layer in self._layers():
+                layer.keys.normal_()
+                layer.values.normal_()
+            self._rewind()
+            self._graph = captured(self._step)
+
+    def run(self, steps: int) -> None:
+        """Replay so many steps behind the first `kept` keys."""
+        if steps > ROOM - 8:
+            raise UnsupportedOption(f"{steps} steps a burst: its cache has room for {ROOM - 8}")
+        self._rewind()
+        for _ in range(steps):
+            self._graph.replay()
+
+    def _layers(self) -> list[Any]:
+        return list(self._cache.layers)
+
+    def _rewind(self) -> None:
+        for layer in self._layers():
+            layer.cumulative_length.fill_(self._kept)
+
+    def _step(self) -> None:
+        logits = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        self._ids.copy_(logits.argmax(dim=-1, keepdim=True))
+
+
+class Generate:
+    """`generate()` as it comes: greedy, eager, a cache that keeps everything; it begins behind `kept` tokens."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, kept: int) -> None:
+        self._model = model
+        self._ids = torch.randint(model.config.vocab_size, (rows, kept + 1), device=model.device)
+        self._cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for part in self._ids[:, :-1].split(max(1, READ // rows), dim=1):
+                model.base_model(input_ids=part, past_key_values=self._cache, use_cache=True)
+
+    def run(self, steps: int) -> None:
+        """Write so many tokens behind all before."""
+        settings = GenerationConfig(
+            max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        generate: Any = self._model.generate
+        mask = torch.ones_like(self._ids)
+        self._ids = generate(self._ids, attention_mask=mask, past_key_values=self._cache, generation_config=settings)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A model whose weights our step reads, as they are or rounded."""
+
+    name: str
+    model: PreTrainedModel
+    weights: DeviceModel
+
+
+class Seated:
+    """Our step over random rings, at any position of the stream."""
+
+    def __init__(self, ours: Packed, plan: Plan, rows: int) -> None:
+        model = ours.model
+        self._seats = random_seats(model, plan, rows)
+        self._step = ours.weights.step(self._seats)
+        self._rows = list(range(rows))
+        self._ids: Tensor = torch.randint(model.config.vocab_size, (rows,), device=model.device)
+        self.stand_at(NEAR)
+
+    def stand_at(self, position: int) -> None:
+        """Make one step at `position`; what is written next comes behind it."""
+        self._step(self._ids, self._rows, [position] * len(self._rows))
+
+    def run(self, steps: int) -> None:
+        """Write so many tokens."""
+        self._step.run(steps)
+
+    def run_at(self, position: int) -> Run:
+        """Writing that begins at `position` each time."""
+
+        def run(steps: int) -> None:
+            self.stand_at(position)
+            self._step.run(steps)
+
+        return run
+
+
+def sessions(loaded: Loaded, plan: Plan) -> Run:
+    """`Session.generate` as a person calls it, sampler, text and all, once more than the window was read."""
+    if why_not(loaded.model) is None:
+        hasten(loaded.model)
+    writer = Ours("Session", loaded, plan)
+    ids = torch.randint(loaded.model.config.vocab_size, (plan.capacity + 64,))
+    writer.read(ids.tolist())
+    return writer.write
+
+
+def random_seats(model: PreTrainedModel, plan: Plan, rows: int) -> Seats:
+    """Rings of random keys and values, a seat a row."""
+    config: Any = model.config
+    scheme = describe(model)
+    rotaries = scheme.rotaries(plan.capacity)
+    shape = (rows, config.num_key_value_heads, plan.capacity, config.head_dim)
+    made: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    return Seats(
+        rings=[(torch.randn(shape, **made), torch.randn(shape, **made)) for _ in scheme.layers],
+        sizes=[(plan.sinks, plan.window)] * len(scheme.layers),
+        rotaries=[None if layer.rotary is None else rotaries[layer.rotary] for layer in scheme.layers],
+        start=0,
+    )
+
+
+def entrants(
+    model: PreTrainedModel, ours: Sequence[Packed], plan: Plan, rows: int, steps: int
+) -> Iterator[Entrant]:
+    """Everybody by name, and how to bring them to the start; a burst is `steps`, but for those that a host drives."""
+    rings = ring_bytes(model, plan, rows)
+    for one in ours:
+        yield one.name, partial(_ours, one, (plan, rows), steps, weight_bytes(one.model) + rings)
+    read = weight_bytes(model) + rings
+    others: dict[str, Callable[[], Writer]] = {
+        "its modules over our rings, one graph": lambda: Writer(ModuleSteps(model, plan, rows, NEAR).run, steps, read),
+        "transformers, one graph": lambda: Writer(StaticSteps(model, rows, plan.capacity).run, steps, read),
+        "transformers generate()": lambda: Writer(Generate(model, rows, plan.capacity).run, SLOW, read),
+    }
+    yield from others.items()
+
+
+def _ours(one: Packed, case: tuple[Plan, int], steps: int, read: int) -> Writer:
+    return Writer(Seated(one, *case).run, steps, read)
+
+
+def decode(
+    name: str, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int
+) -> list[Decoded]:
+    """Let the writers take turns; `case` is the plan and the rows, `rate` the copy rate of this run in TB/s."""
+    plan, rows = case
+    times = bursts({who: (each.run, each.burst) for who, each in writers.items()}, rounds)
+    most = {who: ceiling(each.read, rows, rate) for who, each in writers.items()}
+    return [Decoded(name, rows, plan.window, who, tuple(each), most[who]) for who, each in times.items()]
+
+
+def flatness(ours: Packed, case: tuple[Plan, int], steps: int, rounds: int) -> Flatness:
+    """Our step early and late in the stream, in turn; `case` is the plan and the rows."""
+    plan, rows = case
+    seated = Seated(ours, plan, rows)
+    times = bursts({"near": (seated.run_at(NEAR), steps), "far": (seated.run_at(FAR), steps)}, rounds)
+    return Flatness(rows, plan.window, tuple(times["near"]), tuple(times["far"]))
