@@ -17,6 +17,7 @@ from sinks.cache.rings.quantized import QuantizedRing
 from sinks.cache.rings.ring import Ring
 from sinks.cache.rings.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
+from sinks.kernels.band.arriving import choose_arriving
 from sinks.kernels.lens import Lens
 from sinks.kernels.scoring import Scoring
 from sinks.models.families import Scheme, base_of, describe
@@ -178,6 +179,11 @@ class SinkCache(Cache):
         if self._arrival is None:
             raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
         ring, scoring = self.rings[layer], self.scoring(layer, **options)
+        if self._arrival.is_even and not lenses:
+            walker = choose_arriving(query, value, sinks=ring.plan.sinks, scoring=scoring)
+            if walker is not None:
+                block = self._arrival.whole(ring.plan, query.device)
+                return ring.attend_whole((query, key, value), block, scoring, walker)
         blocks = self._arrival.blocks(ring.plan, query.device)
         return ring.attend(query, key, value, blocks, scoring, (layer, lenses) if lenses else None)
 

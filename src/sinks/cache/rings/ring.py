@@ -14,6 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
 from sinks.errors import CacheError, InvalidInput, NotAttached, UnsupportedOption
+from sinks.kernels.band.arriving import attend_arriving
+from sinks.kernels.band.operator import Walker
+from sinks.kernels.band.packed import pack
 from sinks.kernels.chunked import attend_block
 from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.phase import rotate, table_dtype
@@ -72,6 +75,29 @@ class Ring(CacheLayerMixin):
                 heads = query[:, :, here], key[:, :, here], value[:, :, here]
                 parts.append(self._attend_block(*heads, block, scoring, observed))
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def attend_whole(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        block: Block,
+        scoring: Scoring,
+        walker: Walker,
+    ) -> Float[Tensor, "batch heads columns value_dim"]:
+        """`attend` for query, key and value of a block of any length without pads, in one call of the band kernels."""
+        query, key, value = heads
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        with torch.no_grad():
+            steps = None if scoring.rotary is None else block.steps(scoring.rotary)
+            packed = pack(heads, self._read(block.filled), block.standing, scoring.rotary, steps)
+            key, value = packed.arrived
+            for run in block.staying:
+                self._write(key[:, :, run.columns], value[:, :, run.columns], run)
+            for new, kept in zip((key, value), self._as_kept(key, value, block), strict=True):
+                if kept is not new:
+                    new.copy_(kept)
+            out = attend_arriving(packed, scoring, walker)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _attend_block(
