@@ -108,8 +108,9 @@ def stream(given: argparse.Namespace) -> dict[str, Any]:
         feed(session, loop, measured)
         if lap == 0:
             parked = session.fork()
-        print(f"{session.seen:>12,}  perplexity {measured.perplexities[-1]:.4f}  "
-              f"{measured.tokens_per_second[-1]:,.0f} tokens/s  {measured.peak_bytes[-1] / 1e6:.1f} MB", flush=True)  # fmt: skip
+        speed, memory = measured.tokens_per_second[-1], measured.peak_bytes[-1] / 1e6
+        told = f"perplexity {measured.perplexities[-1]:.4f}  {speed:,.0f} tokens/s  {memory:.1f} MB"
+        print(f"{session.seen:>12,}  {told}", flush=True)
     seconds = time.perf_counter() - began
     in_turn(parked, session, given.decoded, measured)
     about = {
@@ -188,8 +189,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     measured, loop = result["measured"], result["settings"]["loop"]
     whole = Figure(figsize=(12, 3.6), facecolor="white", layout="constrained")
     claim = ": no worse, no larger, no slower" if all(result["kept"].values()) else ""
-    minutes = result["seconds"] / 60
-    whole.suptitle(f"One stream, {result['settings']['tokens']:,} tokens in {minutes:.1f} minutes{claim}", fontweight="bold")
+    length = f"{result['settings']['tokens']:,} tokens in {result['seconds'] / 60:.1f} minutes"
+    whole.suptitle(f"One stream, {length}{claim}", fontweight="bold")
     panels = (
         ("Perplexity, the same text again", measured["perplexities"], 1.0),
         ("Most GPU memory held, MB", measured["peak_bytes"], 1e-6),

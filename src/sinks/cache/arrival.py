@@ -106,7 +106,7 @@ class Block:
 
     @cached_property
     def staying(self) -> list[Block]:
-        """Without pads: the runs of these columns, counted from the block's first, that still have a slot at its end."""
+        """Without pads: the runs of its columns, counted from its first, that still have a slot at its end."""
         sinks = min(self.width, max(0, self.plan.sinks - self.seen[0]))
         begin = max(sinks, self.width - self.plan.window)
         runs = [slice(0, sinks), slice(begin, self.width)] if sinks < begin else [slice(0, self.width)]

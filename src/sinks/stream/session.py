@@ -97,7 +97,10 @@ class Session:
         chunk: int | None = None,
         cache: Kind = "full",
     ) -> None:
-        """As `open` with a model that is loaded and attached. `chunk` tokens are fed in one forward pass (None: `natural_chunk`)."""
+        """As `open` with a model that is loaded and attached.
+
+        `chunk` tokens are fed in one forward pass; None is what suits the device (`natural_chunk`).
+        """
         if chunk is not None and chunk < 1:
             raise InvalidInput(f"chunk={chunk}: feed at least one token at a time")
         self.loaded = loaded

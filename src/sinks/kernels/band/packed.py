@@ -65,7 +65,7 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Turned heads of packed rows; `query` and `sink_query` are zero at the kept tokens, and one tensor if they may be."""
+    """Turned heads of packed rows. Queries are zero at the kept tokens; the two are one tensor where none differs."""
 
     query: Float[Tensor, "tokens heads head_dim"]
     sink_query: Float[Tensor, "tokens heads head_dim"]
