@@ -15,10 +15,10 @@ from sinks.cache.plan import Plan
 from sinks.cache.rings.quantized import QuantizedRing
 from sinks.cache.rings.ring import Ring
 from sinks.kernels import Rotary, Scoring, attend
-from sinks.kernels.band import flash
+from sinks.kernels.band import arriving, flash
 from sinks.kernels.band.arriving import choose_arriving
 from sinks.kernels.band.operator import Walker
-from sinks.kernels.device import forward, sink_part
+from sinks.kernels.device import forward
 from sinks.kernels.device.forward import Shape
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 
@@ -39,7 +39,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, tiles are small, so that a short text has many."""
     if not HAS_GPU:
         monkeypatch.setattr(forward, "SHAPES", {64: Shape(32, 16, 4, 1), 128: Shape(32, 32, 4, 1)})
-        monkeypatch.setattr(sink_part, "QUERIES", 16)
+        monkeypatch.setattr(arriving, "WIDE", Shape(32, 16, 4, 1))
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,10 @@ def odds() -> Iterator[Case]:
     yield Case(4, 17, (25, 30), start=2**40 + 1, batch=3)
     yield Case(4, 24, (33, 50), head_dim=128, logits=1.0)
     yield Case(33, 9, (20, 40, 50))
+    yield Case(150, 9, (20, 100, 90))
+    yield Case(4, 17, (30, 40), head_dim=96)
+    yield Case(4, 17, (30, 40), head_dim=256, heads=(2, 1))
+    yield Case(4, 17, (30, 40), head_dim=48)
 
 
 SMALL = [*fills(), *seams(), *odds()]
@@ -208,9 +212,9 @@ def test_a_sink_logit_is_honoured() -> None:
 
 def test_what_is_no_chunk_for_the_kernels_goes_block_by_block() -> None:
     query, _, value = Case(4, 17, (8,)).drawn()
-    here = {"sinks": 4, "scoring": Scoring(0.125)}
+    here = {"scoring": Scoring(0.125)}
     assert choose_arriving(query.float(), value.float(), **here) is None
     assert choose_arriving(query[:, :, :1], value[:, :, :1], **here) is None
-    assert choose_arriving(query, value, sinks=4, scoring=Scoring(0.125, softcap=5.0)) is None
-    assert choose_arriving(query, value, sinks=65, scoring=Scoring(0.125)) is None
+    assert choose_arriving(query, value, scoring=Scoring(0.125, softcap=5.0)) is None
+    assert choose_arriving(query, value[..., :32], **here) is None
     assert (choose_arriving(query, value, **here) is None) == (not HAS_GPU)

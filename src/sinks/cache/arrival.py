@@ -101,8 +101,7 @@ class Block:
     @cached_property
     def standing(self) -> Standing:
         """Where the block stands as one chunk, for rows that have seen equally much and have no pads."""
-        band, shape = (self.plan.sinks, self.plan.window), (len(self.seen), self.width)
-        return Standing.of(band, self.seen[0], self.start, shape, self.device)
+        return Standing(self.plan.sinks, self.plan.window, self.seen[0], self.width, self.start)
 
     @cached_property
     def staying(self) -> list[Block]:

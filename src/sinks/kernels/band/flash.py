@@ -60,22 +60,16 @@ def window_forward(
 
 
 def last_forward(
-    query: Float[Tensor, "tokens heads head_dim"],
-    key: Float[Tensor, "tokens kv_heads head_dim"],
-    value: Float[Tensor, "tokens kv_heads head_dim"],
-    rows: Rows,
-    band: Band,
-) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"]]:
-    """The plain window of the queries that rows of one length do not skip; what was skipped is left unwritten."""
-    calls = _interface()
-    each = [part.view(rows.batch, rows.columns, *part.shape[1:]) for part in (query, key, value)]
-    found, sums, *_ = calls._flash_attn_fwd(
-        each[0][:, rows.skipped :], *each[1:], softmax_scale=band.scale,
-        window_size_left=band.window - 1, window_size_right=0, return_lse=True,
-    )  # fmt: skip
-    out, log_sums = torch.empty_like(query), sums.new_empty(query.shape[1], len(query))
-    out.view_as(each[0])[:, rows.skipped :] = found
-    log_sums.view(-1, rows.batch, rows.columns)[:, :, rows.skipped :] = sums.transpose(0, 1)
+    query: Float[Tensor, "batch queries heads head_dim"],
+    key: Float[Tensor, "batch keys kv_heads head_dim"],
+    value: Float[Tensor, "batch keys kv_heads head_dim"],
+    window: int,
+    scale: float,
+) -> tuple[Float[Tensor, "batch queries heads head_dim"], Float[Tensor, "batch heads queries"]]:
+    """The plain window of queries that stand at the last keys: result and log-sum-exp."""
+    out, log_sums, *_ = _interface()._flash_attn_fwd(
+        query, key, value, softmax_scale=scale, window_size_left=window - 1, window_size_right=0, return_lse=True
+    )
     return out, log_sums
 
 

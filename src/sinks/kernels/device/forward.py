@@ -101,7 +101,7 @@ def _forward(
     head, row = tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    first = (tl.program_id(0) + sizes[2]) * QUERIES
+    first = tl.program_id(0) * QUERIES
     if first < length:
         kv_head = head // GROUP
         token = first + tl.arange(0, QUERIES)
@@ -172,11 +172,10 @@ def forward(
     cut = SHAPES[head_dim]
     out, wanted = torch.empty_like(query), 1 if first_keys is None else 4
     figures = torch.empty(wanted, heads, tokens, dtype=torch.float32, device=query.device)
-    skipped = rows.skipped // cut.queries  # whole tiles of tokens without a query
-    _forward[(triton.cdiv(rows.longest, cut.queries) - skipped, heads, rows.batch)](
+    _forward[(triton.cdiv(rows.longest, cut.queries), heads, rows.batch)](
         describe(query, cut.queries), sink_query, describe(key, cut.keys), describe(value, cut.keys), (key, value),
         out, figures, figures if logits is None else logits, rows.begins,
-        (band.sinks, band.window, band.scale * LOG2E), (tokens, first_keys or 0, skipped),
+        (band.sinks, band.window, band.scale * LOG2E), (tokens, first_keys or 0),
         HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=cut.queries, KEYS=cut.keys,
         TILE=band.tile, LOGITS=logits is not None, STATISTICS=first_keys is not None,
         num_warps=cut.warps, num_stages=cut.stages,

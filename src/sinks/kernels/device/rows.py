@@ -15,7 +15,6 @@ class Rows:
 
     `begins` holds the first token of each row and the count of all, int32. `source` is the place of each token in the
     batch, row times columns plus column (None: there are no pads, so it is its own place). `longest` is on the host.
-    The first `skipped` tokens of every row are keys only: the forward kernels leave their results unwritten.
     """
 
     begins: Int[Tensor, " rows_and_one"]
@@ -23,7 +22,6 @@ class Rows:
     batch: int
     columns: int
     longest: int
-    skipped: int = 0
 
     @property
     def tokens(self) -> int:
@@ -31,10 +29,10 @@ class Rows:
         return self.batch * self.columns if self.source is None else len(self.source)
 
     @staticmethod
-    def whole(batch: int, columns: int, device: torch.device, skipped: int = 0) -> Rows:
+    def whole(batch: int, columns: int, device: torch.device) -> Rows:
         """The rows of a batch without pads; nothing waits for the device."""
         begins = torch.arange(0, (batch + 1) * columns, max(columns, 1), dtype=torch.int32, device=device)
-        return Rows(begins[: batch + 1], None, batch, columns, columns, skipped)
+        return Rows(begins[: batch + 1], None, batch, columns, columns)
 
     @staticmethod
     def of(positions: Int[Tensor, "batch queries"]) -> Rows:

@@ -30,20 +30,20 @@ STRIPE = 8
 @jit
 def _merge(
     sink_queries: Value, key_heads: Value, value_heads: Value, out: Value, log_sums: Value, logits: Value,
-    begins: Value, shape: Value, sizes: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr,
+    begins: Value, shape: Value, tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr,
     TILE: constexpr, LOGITS: constexpr,
 ) -> None:  # fmt: skip
     head, row = tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    first = (tl.program_id(0) + sizes[1]) * QUERIES
+    first = tl.program_id(0) * QUERIES
     changed = first + QUERIES - 1 >= shape[1]  # before that the window covers every sink
     if LOGITS:
         changed = True
     if (first < length) & changed:
         token = first + tl.arange(0, QUERIES)
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
-        noted = log_sums + head.to(tl.int64) * sizes[0] + begin + token
+        noted = log_sums + head.to(tl.int64) * tokens + begin + token
         largest = tl.load(noted, mask=real, other=0.0) * 1.4426950408889634 / shape[2]
         gathered = tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32)
         state = (gathered, tl.full([QUERIES], 1.0, tl.float32), largest, largest)
@@ -74,10 +74,9 @@ def merge_sinks(
         return
     out, log_sums = window
     tokens, heads, head_dim = out.shape
-    skipped = rows.skipped // QUERIES
-    _merge[(triton.cdiv(rows.longest, QUERIES) - skipped, heads, rows.batch)](
+    _merge[(triton.cdiv(rows.longest, QUERIES), heads, rows.batch)](
         sink_query, key, value, out, log_sums, log_sums if logits is None else logits, rows.begins,
-        (band.sinks, band.window, band.scale * LOG2E), (tokens, skipped),
+        (band.sinks, band.window, band.scale * LOG2E), tokens,
         HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=QUERIES, TILE=band.tile,
         LOGITS=logits is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
