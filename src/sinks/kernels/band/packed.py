@@ -59,7 +59,7 @@ class Standing:
 
     @property
     def parts(self) -> bool:
-        """Whether the ring is full before the chunk ends: some query then stands elsewhere in the cache than in the stream."""
+        """Whether the ring is full before the chunk ends, so that some query stands at two positions."""
         return self.sinks > 0 and self.seen + self.count > self.capacity
 
 
