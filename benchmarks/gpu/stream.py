@@ -165,7 +165,7 @@ def judged(measured: Measured, session: Session, seconds: float, tokens: int) ->
     return {
         "found": found,
         "limits": LIMITS,
-        "kept": {name: found[name] is not None and abs(found[name]) <= limit for name, limit in LIMITS.items()},
+        "kept": {name: abs(found[name]) <= limit for name, limit in LIMITS.items()},
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "chunk": session.chunk,
@@ -176,9 +176,9 @@ def judged(measured: Measured, session: Session, seconds: float, tokens: int) ->
     }
 
 
-def largest_change(laps: list[Any]) -> float | None:
-    """How far a later lap's value is from the first one's, at most, as a share and with its sign."""
-    return max((later / laps[0] - 1 for later in laps[1:] if laps[0]), key=abs, default=None)
+def largest_change(laps: list[Any]) -> float:
+    """How far a later lap's value is from the first one's, at most, as a share and with its sign; NaN without two."""
+    return max((later / laps[0] - 1 for later in laps[1:] if laps[0]), key=abs, default=math.nan)
 
 
 def draw(result: dict[str, Any], picture: Path) -> None:

@@ -89,8 +89,8 @@ def score(
     """Read `ids` through an empty `cache`, and return the surprise of every token after the first.
 
     `chunk` tokens are fed in one forward pass (None: `natural_chunk`); `chunk=1` is the token-by-token route. The last
-    `singles` tokens are fed one by one, which measures latency with the cache full. The very last token is only a target and is
-    never fed. The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token read.
+    `singles` tokens are fed one by one, which measures latency with the cache full. The very last token is only a target
+    and is never fed. The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token read.
 
     Raises InvalidInput for a stream of fewer than two tokens or sizes that make no sense, and UnsupportedOption where
     the model's output is not finite in its data type.

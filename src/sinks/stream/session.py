@@ -22,6 +22,7 @@ from sinks.errors import BrokenCache, CacheError, InvalidInput
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.advice import Advice
+from sinks.reading.pace import CHUNK as CHUNK
 from sinks.reading.pace import natural_chunk
 from sinks.reading.perplexity import finite, surprise
 from sinks.reading.tokens import given_ids

@@ -182,4 +182,4 @@ def pack(
             HEADS=count, GROUP=count // kv_heads, DIM=dim, WIDTH=width, TOKENS=TOKENS, ANGLES=angles,
             INTERLEAVED=turns[2], num_warps=4,
         )  # fmt: skip
-    return Packed(queries[0], queries[-1], *others, standing, dim)
+    return Packed(queries[0], queries[-1], others[0], others[1], standing, dim)

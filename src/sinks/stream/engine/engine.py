@@ -14,14 +14,13 @@ from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError, QueueFull
 from sinks.models.attach import attach
 from sinks.models.load import Loaded
-from sinks.reading.pace import CHUNK
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row, read_newest
 from sinks.stream.engine.schedule import Scheduler, Turn
 from sinks.stream.engine.worker import Worker
 from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
-from sinks.stream.session import Session
+from sinks.stream.session import CHUNK, Session
 
 
 class Engine:
