@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 CHUNK = 256
 """On a CPU: the hidden states of so many tokens stay in its cache."""
 
-DEVICE_CHUNK = 8192
+DEVICE_CHUNK = 16_384
 """On a GPU: enough work that launching it takes no longer than doing it."""
 
 LOGIT_BYTES = 1 << 31
@@ -19,4 +19,5 @@ def natural_chunk(model: PreTrainedModel) -> int:
     if model.device.type != "cuda":
         return CHUNK
     vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(DEVICE_CHUNK, LOGIT_BYTES // (vocabulary * model.dtype.itemsize)))
+    fitting = LOGIT_BYTES // (vocabulary * model.dtype.itemsize)
+    return max(CHUNK, min(DEVICE_CHUNK, fitting // CHUNK * CHUNK))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sinks.errors import InvalidInput, UnsupportedOption
+from sinks.kernels.surprise import can_read_once, surprise_read_once
 from sinks.reading.memory import bytes_held
 from sinks.reading.pace import natural_chunk
 from sinks.types import Listener, ignore
@@ -67,7 +68,12 @@ def perplexity(nll: Float[np.ndarray, " tokens"], where: Bool[np.ndarray, " toke
 
 
 def surprise(logits: Float[Tensor, "queries vocab"], targets: Int[Tensor, " queries"]) -> Float[Tensor, " queries"]:
-    """-log softmax(logits) at `targets`, nats, in float32 or wider; a slice of the logits is copied at a time."""
+    """-log softmax(logits) at `targets`, nats, in float32 or wider.
+
+    A GPU copies nothing, see `can_read_once`; elsewhere a slice of the logits is widened at a time.
+    """
+    if can_read_once(logits):
+        return surprise_read_once(logits, targets)
     rows = max(1, SLICE_ELEMENTS.get(logits.device.type, SLICE_ELEMENTS["cpu"]) // logits.shape[-1])
     parts = []
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -89,8 +95,9 @@ def score(
     """Read `ids` through an empty `cache`, and return the surprise of every token after the first.
 
     `chunk` tokens are fed in one forward pass (None: `natural_chunk`); `chunk=1` is the token-by-token route. The last
-    `singles` tokens are fed one by one, which measures latency with the cache full. The very last token is only a target
-    and is never fed. The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token read.
+    `singles` tokens are fed one by one, which measures latency with the cache full. The very last token is only a
+    target and is never fed. The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token
+    read.
 
     Raises InvalidInput for a stream of fewer than two tokens or sizes that make no sense, and UnsupportedOption where
     the model's output is not finite in its data type.
