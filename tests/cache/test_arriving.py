@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sinks.cache import cache as cache_module
 from sinks.cache.arrival import Arrival
+from sinks.cache.cache import KINDS, Kind, SinkCache
 from sinks.cache.plan import Plan
 from sinks.cache.rings.quantized import QuantizedRing
 from sinks.cache.rings.ring import Ring
@@ -20,6 +24,8 @@ from sinks.kernels.band.arriving import choose_arriving
 from sinks.kernels.band.operator import Walker
 from sinks.kernels.device import forward
 from sinks.kernels.device.forward import Shape
+from sinks.models.attach import attach
+from tests.families.tiny import build
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 
 gpu = pytest.mark.gpu
@@ -218,3 +224,28 @@ def test_what_is_no_chunk_for_the_kernels_goes_block_by_block() -> None:
     assert choose_arriving(query, value, scoring=Scoring(0.125, softcap=5.0)) is None
     assert choose_arriving(query, value[..., :32], **here) is None
     assert (choose_arriving(query, value, **here) is None) == (not HAS_GPU)
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_model_is_as_exact_as_block_by_block(name: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in bfloat16 against float64: the two ways round alike, through any sizes of chunks."""
+    ids = torch.randint(0, 60, (2, 200), generator=torch.Generator().manual_seed(0))
+    exact = logits_of(attach(build(name, layers=2)), ids, kind)
+    model = attach(copy.deepcopy(build(name, layers=2)).to("cuda", torch.bfloat16))
+    errors = []
+    for way in (choose_arriving, lambda *given, **options: None):
+        monkeypatch.setattr(cache_module, "choose_arriving", way)
+        errors.append((logits_of(model, ids.cuda(), kind) - exact).square().mean().sqrt())
+    assert errors[0] <= 1.3 * errors[1] + 2**-9 * exact.square().mean().sqrt()
+
+
+def logits_of(model: Any, ids: Tensor, kind: Kind) -> Tensor:
+    """Of all tokens, read through 3 + 9 slots in chunks longer and shorter than that."""
+    cache, found = SinkCache.for_model(model, sinks=3, window=9, cache=kind), []
+    with torch.no_grad():
+        for part in ids.split((90, 1, 5, 104), dim=1):
+            found.append(model(part, past_key_values=cache).logits.double().cpu())
+    return torch.cat(found, dim=1)
