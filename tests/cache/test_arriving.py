@@ -192,10 +192,10 @@ def test_a_long_chunk_equals_the_specification(case: Case, walker: Walker) -> No
 
 
 @needs_triton
-@pytest.mark.parametrize("sizes", [(60,), (20, 3, 40), (2, 2, 2, 30, 9)], ids=str)
-def test_an_int8_ring_meets_its_own_decoded_numbers(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("sizes", "sinks"), [((60,), 4), ((20, 3, 40), 0), ((2, 2, 2, 30, 9), 5)], ids=str)
+def test_an_int8_ring_meets_its_own_decoded_numbers(sizes: tuple[int, ...], sinks: int) -> None:
     """The same codes as block by block, but for a key whose rounded turn fell otherwise; results a rounding apart."""
-    case = Case(4, 17, sizes, batch=2)
+    case = Case(sinks, 17, sizes, batch=2, head_dim=48 if sinks else 64)
     (near, other), (got, ring) = (fed(case, way, QuantizedRing(case.plan)) for way in (None, "triton"))
     for name, mine in ring.parts.items():
         theirs = other.parts[name]
@@ -204,6 +204,9 @@ def test_an_int8_ring_meets_its_own_decoded_numbers(sizes: tuple[int, ...]) -> N
             assert (mine != theirs).float().mean() < 0.01
         else:
             assert torch.allclose(mine, theirs, rtol=2e-3, atol=1e-3)
+    if not sinks:  # values are not turned
+        assert torch.equal(ring.parts["value_codes"], other.parts["value_codes"])
+        assert torch.equal(ring.parts["value_scales"], other.parts["value_scales"])
     # Decoded numbers are rounded to 11 bits for the kernel; a code that differs is 1/127 of a key's largest number.
     assert (got - near).abs().max() < 2e-2
     assert (got - near).square().mean().sqrt() < 2e-3

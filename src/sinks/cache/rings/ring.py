@@ -16,7 +16,7 @@ from sinks.cache.plan import Plan
 from sinks.errors import CacheError, InvalidInput, NotAttached, UnsupportedOption
 from sinks.kernels.band.arriving import attend_arriving
 from sinks.kernels.band.operator import Walker
-from sinks.kernels.band.packed import pack
+from sinks.kernels.band.packed import Packed, pack
 from sinks.kernels.chunked import attend_block
 from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.phase import rotate, table_dtype
@@ -91,12 +91,7 @@ class Ring(CacheLayerMixin):
         with torch.no_grad():
             steps = None if scoring.rotary is None else block.steps(scoring.rotary)
             packed = pack(heads, self._read(block.filled), block.standing, scoring.rotary, steps)
-            key, value = packed.arrived
-            for run in block.staying:
-                self._write(key[:, :, run.columns], value[:, :, run.columns], run)
-            for new, kept in zip((key, value), self._as_kept(key, value, block), strict=True):
-                if kept is not new:
-                    new.copy_(kept)
+            self._keep(packed, block)
             out = attend_arriving(packed, scoring, walker)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
@@ -141,6 +136,12 @@ class Ring(CacheLayerMixin):
     def _as_kept(self, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         """New keys and values as they will be read back once they are written."""
         return key, value
+
+    def _keep(self, packed: Packed, block: Block) -> None:
+        """Write what stays of a chunk; its row then holds new keys and values as they will be read back."""
+        key, value = packed.arrived
+        for run in block.staying:
+            self._write(key[:, :, run.columns], value[:, :, run.columns], run)
 
     def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
         rows, slots, columns = block.writes
