@@ -22,7 +22,6 @@ from sinks.kernels import Rotary, Scoring, attend
 from sinks.kernels.band import arriving, flash
 from sinks.kernels.band.arriving import choose_arriving
 from sinks.kernels.band.operator import Walker
-from sinks.kernels.device import forward
 from sinks.kernels.device.forward import Shape
 from sinks.models.attach import attach
 from tests.families.tiny import build
@@ -44,8 +43,7 @@ WALKERS = [
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, tiles are small, so that a short text has many."""
     if not HAS_GPU:
-        monkeypatch.setattr(forward, "SHAPES", {64: Shape(32, 16, 4, 1), 128: Shape(32, 32, 4, 1)})
-        monkeypatch.setattr(arriving, "WIDE", Shape(32, 16, 4, 1))
+        monkeypatch.setattr(arriving, "SHAPES", dict.fromkeys((64, 128, 256), Shape(32, 16, 4, 1)))
 
 
 @dataclass(frozen=True)

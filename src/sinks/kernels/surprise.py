@@ -12,7 +12,7 @@ from torch import Tensor
 from sinks.errors import UnsupportedOption
 from sinks.kernels.device.language import Value, constexpr, jit, need_triton, on, tl
 
-WORDS = 4096
+WORDS = 2048
 """Logits of a row that one program looks at together."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,6 +9,10 @@ last query stands at its last key; the sinks are met by their own query, in tile
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +22,6 @@ from sinks.kernels.band import flash
 from sinks.kernels.band.attend import DTYPES
 from sinks.kernels.band.operator import Walker
 from sinks.kernels.band.packed import WIDTHS, Packed, width_of
-from sinks.kernels.device import forward
 from sinks.kernels.device.forward import Shape, _walk, spans
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, need_triton, on, tl, triton
 from sinks.kernels.device.tiles import take_in, take_in_logit
@@ -30,16 +33,18 @@ LEAST = 2
 FLASH_LEAST = 4096
 """New tokens from which flash-attn-4 is asked: its calls cost a processor a fifth of a millisecond."""
 
-WIDE = Shape(64, 32, 8, 2)
-"""How heads of 256 are cut."""
+SHAPES: Mapping[int, Shape] = MappingProxyType({
+    64: Shape(64, 128, 4, 2), 128: Shape(64, 64, 4, 3), 256: Shape(64, 64, 4, 2),
+})  # fmt: skip
+"""How each width is cut: measured on an H200 at 8,192 tokens behind 4 + 1,020."""
 
 
 def choose_arriving(query: Tensor, value: Tensor, *, scoring: Scoring) -> Walker | None:
     """By whom a chunk of even rows without pads is attended behind its ring; None: block by block, in PyTorch.
 
     The kernels take bfloat16 and float16, heads of up to 256, any number of sinks, sink logits; no soft cap and no
-    ALiBi. They run where `need_triton` says. flash-attn-4 walks heads of more than 64 in long
-    chunks, where it is the faster one.
+    ALiBi. They run where `need_triton` says. flash-attn-4 walks heads of more than 64 in long chunks, where it is the
+    faster one.
     """
     if query.device.type != "cuda" or query.shape[2] < LEAST or query.dtype not in DTYPES:
         return None
@@ -73,23 +78,22 @@ def _walk_all(
     return _walk(state, heads, here, (partly, high), shape, KEYS, True, False)
 
 
-@jit
+@partial(jit, varying=("kept", "count"))
 def _arrive(
     queries: Value, sink_queries: Value, key_heads: Value, value_heads: Value, sink_heads: Value, out: Value,
-    log_sums: Value, logits: Value, shape: Value, sizes: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    QUERIES: constexpr, KEYS: constexpr, TILE: constexpr, LOGITS: constexpr, WALK: constexpr,
+    log_sums: Value, logits: Value, shape: Value, kept: Value, count: Value, HEADS: constexpr, GROUP: constexpr,
+    DIM: constexpr, QUERIES: constexpr, KEYS: constexpr, TILE: constexpr, LOGITS: constexpr, WALK: constexpr,
 ) -> None:  # fmt: skip
     """Window, sinks and sink logit of new tokens; unless WALK, `out` and `log_sums` are those of the window already."""
     head, row = tl.program_id(1), tl.program_id(2)
     sinks, window, scale = shape
-    kept, count = sizes
     first, kv_head = tl.program_id(0) * QUERIES, head // GROUP
     asks, dims = first + tl.arange(0, QUERIES), tl.arange(0, DIM)
     real, token = asks < count, kept + asks
     place = ((row * count + asks).to(tl.int64) * (HEADS * DIM) + head * DIM)[:, None] + dims[None, :]
     if WALK:
         where = (row, head, kv_head, first)
-        state = _walk_all(queries, key_heads, value_heads, where, sizes, shape, DIM, QUERIES, KEYS)
+        state = _walk_all(queries, key_heads, value_heads, where, (kept, count), shape, DIM, QUERIES, KEYS)
         last = token
     else:
         noted = log_sums + (row * HEADS + head).to(tl.int64) * count + asks
@@ -121,7 +125,7 @@ def attend_arriving(
     """Attention of the new tokens over sinks and window."""
     standing, query, key, value = packed.standing, packed.query, packed.key, packed.value
     (batch, count, heads, width), kv_heads, logits = query.shape, key.shape[2], scoring.sink_logits
-    cut = forward.SHAPES.get(width, WIDE)
+    cut = SHAPES[width]
     with on(query.device):
         if walker == "flash":
             out, log_sums = flash.last_forward(query, key, value, standing.window, scoring.scale)
@@ -132,7 +136,7 @@ def attend_arriving(
                 describe(query.flatten(0, 1), cut.queries), packed.sink_query,
                 *(describe(part.flatten(0, 1), cut.keys) for part in (key, value)), (key, value), out, log_sums,
                 query if logits is None else logits, (standing.sinks, standing.window, scoring.scale * LOG2E),
-                (standing.kept, count), HEADS=heads, GROUP=heads // kv_heads, DIM=width, QUERIES=cut.queries,
+                standing.kept, count, HEADS=heads, GROUP=heads // kv_heads, DIM=width, QUERIES=cut.queries,
                 KEYS=cut.keys, TILE=min(64, max(16, triton.next_power_of_2(standing.sinks))) if standing.sinks else 0,
                 LOGITS=logits is not None, WALK=walker == "triton", num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip

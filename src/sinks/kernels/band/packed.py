@@ -13,6 +13,7 @@ odd size are filled up with zeros, which change no product.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -102,26 +103,30 @@ def _fetch(
     return tl.where(stays, kept, made)
 
 
-@jit
+@partial(jit, varying=("kept", "count", "ahead", "position", "last"))
 def _pack(
-    heads: Value, held: Value, packed: Value, steps: Value, strides: Value, where: Value, phases: Value, rotary: Value,
-    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, WIDTH: constexpr, TOKENS: constexpr, ANGLES: constexpr,
-    INTERLEAVED: constexpr,
+    heads: Value, held: Value, packed: Value, steps: Value, strides: Value, band: Value, rotary: Value, kept: Value,
+    count: Value, ahead: Value, position: Value, last: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
+    WIDTH: constexpr, TOKENS: constexpr, ANGLES: constexpr, INTERLEAVED: constexpr,
 ) -> None:  # fmt: skip
-    """New `heads` (query, key, value) and `held` keys and values into `packed` (query, sink query, key, value)."""
+    """New `heads` (query, key, value) and `held` keys and values into `packed` (query, sink query, key, value).
+
+    The first new token has the phase of `position`; from `last` on, sinks see none beyond. The oldest key that is no
+    sink is `ahead` slots into the window.
+    """
     row = tl.program_id(1).to(tl.int64)
-    kept, count, sinks, window, ahead = where
+    sinks, window = band
     place, dims = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     token = (place - kept).to(tl.int64)
     real, inside = (dims < DIM)[None, :], (place < kept + count)[:, None]
     arrived, stays = inside & (place >= kept)[:, None], (place < kept)[:, None] & real
     slot = tl.where(place < sinks, place, sinks + (tl.maximum(place - sinks, 0) + ahead) % window).to(tl.int64)
     partner = partners(dims, rotary, INTERLEAVED)
-    position = phases[0] + token
-    table = tables(position, dims, steps, rotary, INTERLEAVED)
+    phase = position + token
+    table = tables(phase, dims, steps, rotary, INTERLEAVED)
     sink_table = table
     if ANGLES == 2:
-        sink_table = tables(tl.minimum(position, phases[1]), dims, steps, rotary, INTERLEAVED)
+        sink_table = tables(tl.minimum(phase, last), dims, steps, rotary, INTERLEAVED)
     for head in range(HEADS):
         source = heads[0] + row * strides[0] + head * strides[1] + (token * strides[2])[:, None]
         own = tl.load(source + dims[None, :], mask=arrived & real, other=0.0).to(tl.float32)
@@ -177,8 +182,8 @@ def pack(
             tuple(tensors[:3]), tuple(tensors[3:]), (queries[0], queries[-1], *others),
             torch.zeros(1, dtype=torch.int64, device=query.device) if steps is None else steps,
             tuple(stride for part in tensors for stride in part.stride()[:3]),
-            (standing.kept, new, standing.sinks, standing.window, ahead),
-            (standing.start + standing.seen, standing.start + standing.capacity - 1), turns[:2],
+            (standing.sinks, standing.window), turns[:2], standing.kept, new, ahead,
+            standing.start + standing.seen, standing.start + standing.capacity - 1,
             HEADS=count, GROUP=count // kv_heads, DIM=dim, WIDTH=width, TOKENS=TOKENS, ANGLES=angles,
             INTERLEAVED=turns[2], num_warps=4,
         )  # fmt: skip

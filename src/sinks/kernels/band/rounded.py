@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
@@ -24,13 +25,14 @@ class Coded:
     scales: Float32[Tensor, "batch kv_heads window 1"]
 
 
-@jit
+@partial(jit, varying=("kept", "count", "seen", "ahead"))
 def _round(
-    packed: Value, sink_heads: Value, codes: Value, scales: Value, where: Value, HEADS: constexpr, DIM: constexpr,
-    WIDTH: constexpr, TOKENS: constexpr,
+    packed: Value, sink_heads: Value, codes: Value, scales: Value, band: Value, kept: Value, count: Value, seen: Value,
+    ahead: Value, HEADS: constexpr, DIM: constexpr, WIDTH: constexpr, TOKENS: constexpr,
 ) -> None:  # fmt: skip
+    """`seen` counts no further than the sinks; the first new token is for slot `ahead` of the window."""
     head, row = tl.program_id(1), tl.program_id(2)
-    kept, count, sinks, window, seen, ahead = where
+    sinks, window = band
     token, dims = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     place = (row * (kept + count) + kept + token).to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
     place, real = place[:, None] + dims[None, :], (token < count)[:, None] & (dims < DIM)[None, :]
@@ -57,7 +59,7 @@ def round_arrived(packed: Packed, kept: Sequence[Coded]) -> None:
         _round[(triton.cdiv(standing.count, TOKENS), heads, batch)](
             (packed.key, packed.value), tuple(part.sinks for part in kept), tuple(part.codes for part in kept),
             tuple(part.scales for part in kept),
-            (standing.kept, standing.count, standing.sinks, standing.window, min(standing.seen, standing.sinks),
-             (standing.seen - standing.sinks) % standing.window),
+            (standing.sinks, standing.window), standing.kept, standing.count, min(standing.seen, standing.sinks),
+            (standing.seen - standing.sinks) % standing.window,
             HEADS=heads, DIM=packed.head_dim, WIDTH=width, TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
