@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from sinks.assets.texts import read_text
@@ -38,7 +39,9 @@ LIMITS = {"perplexity_change": 0.03, "memory_growth": 0.01}
 
 @dataclass
 class Measured:
-    """Of every lap of the loop: perplexity, tokens a second, most bytes held; and milliseconds of single tokens.
+    """Of every lap of the loop: perplexity, tokens a second, bytes; and milliseconds of single tokens.
+
+    `peak_bytes` is the most that the GPU held, `held_bytes` what it held afterwards, `resident_bytes` the host process.
 
     `perplexities_full` leave out the first sinks + window tokens of each lap, and so the cold start of the first.
     """
@@ -48,6 +51,7 @@ class Measured:
     tokens_per_second: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     held_bytes: list[int] = field(default_factory=list)
+    resident_bytes: list[int] = field(default_factory=list)
     decode_parked: list[float] = field(default_factory=list)
     decode_old: list[float] = field(default_factory=list)
 
@@ -133,6 +137,7 @@ def feed(session: Session, loop: list[int], measured: Measured) -> None:
     measured.tokens_per_second.append(len(loop) / (time.perf_counter() - began))
     measured.peak_bytes.append(torch.cuda.max_memory_allocated() if on_gpu else 0)
     measured.held_bytes.append(torch.cuda.memory_allocated() if on_gpu else 0)
+    measured.resident_bytes.append(psutil.Process().memory_info().rss)
     measured.perplexities.append(perplexity(nll))
     measured.perplexities_full.append(perplexity(nll[session.plan.capacity :]))
 
@@ -188,8 +193,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
 
     measured, loop = result["measured"], result["settings"]["loop"]
     whole = Figure(figsize=(12, 3.6), facecolor="white", layout="constrained")
-    claim = ": no worse, no larger, no slower" if all(result["kept"].values()) else ""
-    length = f"{result['settings']['tokens']:,} tokens in {result['seconds'] / 60:.1f} minutes"
+    claim = ": no worse, no larger" if all(result["kept"].values()) else ""
+    length = f"{result['settings']['tokens']:,} tokens in {result['seconds']:.0f} seconds"
     whole.suptitle(f"One stream, {length}{claim}", fontweight="bold")
     panels = (
         ("Perplexity, the same text again", measured["perplexities"], 1.0),
