@@ -43,7 +43,8 @@ class SinkCache(Cache):
     Rows are independent: a pad is never a key and never a sink. What has left the window is gone.
 
     The cache is of constant size; `generate` itself is not, since it keeps every token id and mask column. For a stream
-    without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend.
+    without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend,
+    unless kernels take the chunk: see `choose_arriving`.
     """
 
     def __init__(
