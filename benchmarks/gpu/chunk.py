@@ -117,7 +117,7 @@ def layers(heads: int, kv_heads: int, head_dim: int, window: int, rounds: int) -
     walkers: tuple[Walker, ...] = ("triton", "flash") if flash.has_flash() else ("triton",)
     whole = packed()
     took = {walker: clock(lambda: attend_arriving(whole, scoring, walker), rounds) for walker in walkers}  # noqa: B023
-    where = {"heads": [heads, kv_heads], "head_dim": head_dim, "window": window}
+    where: dict[str, Any] = {"heads": [heads, kv_heads], "head_dim": head_dim, "window": window}
     where["pack_ms"] = round(clock(packed, rounds), 4)
     return [{"attention": walker, **where, "ms": round(each, 4)} for walker, each in took.items()]
 
