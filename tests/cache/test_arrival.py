@@ -37,3 +37,22 @@ def test_slots_are_read_and_written_as_planned(plan: Plan, seen: list[int], colu
         counts = block.seen_after
         assert slots == [[plan.occupant(slot, count) for slot in range(plan.capacity)] for count in counts]
     assert counts == [n + int(r.sum()) for n, r in zip(seen, real, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plan=st.builds(Plan, st.integers(0, 4), st.integers(1, 6)),
+    seen=st.integers(0, 30),
+    columns=st.integers(1, 40),
+)
+def test_of_a_long_pass_the_plan_keeps_what_it_would_keep(plan: Plan, seen: int, columns: int) -> None:
+    whole = Arrival([seen, seen], columns, None, 0).whole(plan, CPU)
+    slots = [plan.occupant(slot, seen) for slot in range(plan.capacity)]
+    for run in whole.staying:
+        rows, written, _ = run.writes
+        assert rows is None and len(set(written.tolist())) == run.width  # no slot twice: their order is nobody's
+        for column, slot in enumerate(written.tolist()):
+            slots[slot] = seen + run.columns.start + column
+    assert slots == [plan.occupant(slot, seen + columns) for slot in range(plan.capacity)]
+    standing = whole.standing
+    assert (standing.kept, standing.keys) == (plan.filled(seen), plan.filled(seen) + columns)

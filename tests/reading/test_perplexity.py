@@ -67,7 +67,7 @@ def test_surprise_is_widened_slice_by_slice(dtype: torch.dtype, monkeypatch: pyt
     targets = torch.randint(0, 31, (50,))
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
     for elements in (1, 100, 1 << 22):  # one row at a time; a few; all
-        monkeypatch.setattr(module, "SLICE_ELEMENTS", elements)
+        monkeypatch.setattr(module, "SLICE_ELEMENTS", {"cpu": elements})
         found = surprise(logits, targets)
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         # |logsumexp| < 128 here, so one rounding of it in float32 is at most 2^-18; three are made.

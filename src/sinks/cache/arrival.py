@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sinks.cache.plan import Plan
+from sinks.kernels.band.packed import Standing
 from sinks.kernels.chunked import BLOCK, block_bias
 from sinks.kernels.phase import Rotary
 
@@ -35,7 +36,7 @@ def count_on(seen: Sequence[int], columns: int, real: Bool[Tensor, "batch column
 
 @dataclass(eq=False)
 class Block:
-    """A run of new columns, no longer than the window, and the slots as they are before it is written.
+    """A run of new columns, no longer than the window unless it is `Arrival.whole`, and the slots before it is written.
 
     `seen` counts each row's real tokens before the block, `real` marks pads as False (None: no pads).
     """
@@ -97,6 +98,29 @@ class Block:
         rows, columns = (self.positions >= 0).nonzero(as_tuple=True)
         return rows, slots[rows, columns], columns
 
+    @cached_property
+    def standing(self) -> Standing:
+        """Where the block stands as one chunk, for rows that have seen equally much and have no pads."""
+        return Standing(self.plan.sinks, self.plan.window, self.seen[0], self.width, self.start)
+
+    @cached_property
+    def staying(self) -> list[Block]:
+        """Without pads: the runs of its columns, counted from its first, that still have a slot at its end."""
+        sinks = min(self.width, max(0, self.plan.sinks - self.seen[0]))
+        begin = max(sinks, self.width - self.plan.window)
+        runs = [slice(0, sinks), slice(begin, self.width)] if sinks < begin else [slice(0, self.width)]
+        return [
+            Block(self.plan, run, [seen + run.start for seen in self.seen], None, self.start, self.device)
+            for run in runs
+            if run.start < run.stop
+        ]
+
+    def steps(self, rotary: Rotary) -> Int[Tensor, " pairs"]:
+        """What one position adds to each phase, on the device."""
+        if id(rotary) not in self._memo:
+            self._memo[id(rotary)] = rotary.steps.to(self.device)
+        return self._memo[id(rotary)]  # type: ignore[return-value]
+
     def tables(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tables, Tables | None]:
         """Angles of the new tokens at their stream positions, and at their cache positions where those differ."""
         key = (id(rotary), dtype)
@@ -129,12 +153,25 @@ class Arrival:
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.start = start
         self._blocks: dict[tuple[Plan, torch.device], list[Block]] = {}
+        self._wholes: dict[tuple[Plan, torch.device], Block] = {}
 
     def blocks(self, plan: Plan, device: torch.device) -> list[Block]:
         """The pass cut into blocks for the layers of one plan on one device, in order."""
         if (plan, device) not in self._blocks:
             self._blocks[plan, device] = self._cut(plan, device)
         return self._blocks[plan, device]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row has seen equally much and has no pad."""
+        return self.mask is None and len(set(self.seen)) == 1
+
+    def whole(self, plan: Plan, device: torch.device) -> Block:
+        """The pass as one block, however long, for rows that are even."""
+        if (plan, device) not in self._wholes:
+            columns = slice(0, self.columns)
+            self._wholes[plan, device] = Block(plan, columns, self.seen, None, self.start, device)
+        return self._wholes[plan, device]
 
     def _cut(self, plan: Plan, device: torch.device) -> list[Block]:
         blocks: list[Block] = []

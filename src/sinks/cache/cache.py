@@ -18,6 +18,7 @@ from sinks.cache.rings.ring import Gate, Ring
 from sinks.cache.rings.seats import Seat, laid_open, why_not_open
 from sinks.cache.rings.slots import open_slots
 from sinks.errors import BrokenCache, CacheError, CapacityError, InvalidInput, UnsupportedOption
+from sinks.kernels.band.arriving import choose_arriving
 from sinks.kernels.lens import Lens
 from sinks.kernels.phase import Rotary
 from sinks.kernels.scoring import Scoring
@@ -44,7 +45,8 @@ class SinkCache(Cache):
     Rows are independent: a pad is never a key and never a sink. What has left the window is gone.
 
     The cache is of constant size; `generate` itself is not, since it keeps every token id and mask column. For a stream
-    without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend.
+    without end, feed the model in a loop of your own. Half-precision keys are widened, one layer at a time, to attend,
+    unless kernels take the chunk: see `choose_arriving`.
     """
 
     def __init__(self, scheme: Scheme, plan: Plan, owner: PreTrainedModel, start: int, kind: Kind = "full") -> None:
@@ -196,6 +198,11 @@ class SinkCache(Cache):
         if self._arrival is None:
             raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
         ring, scoring = self.rings[layer], self.scoring(layer, **options)
+        if self._arrival.is_even and not lenses:
+            walker = choose_arriving(query, value, scoring=scoring)
+            if walker is not None:
+                block = self._arrival.whole(ring.plan, query.device)
+                return ring.attend_whole((query, key, value), block, scoring, walker)
         blocks = self._arrival.blocks(ring.plan, query.device)
         return ring.attend(query, key, value, blocks, scoring, (layer, lenses) if lenses else None)
 

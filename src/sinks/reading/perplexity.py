@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sinks.errors import InvalidInput, UnsupportedOption
+from sinks.kernels.surprise import can_read_once, surprise_read_once
 from sinks.reading.memory import bytes_held
+from sinks.reading.pace import natural_chunk
 from sinks.types import Listener, ignore
 
-SLICE_ELEMENTS = 1 << 20
-"""Logits widened to float32 at a time: 4 MiB."""
+SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits widened to float32 at a time: 4 MiB, which stay in a CPU's cache, or 512 MiB, worth a GPU's launches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +68,13 @@ def perplexity(nll: Float[np.ndarray, " tokens"], where: Bool[np.ndarray, " toke
 
 
 def surprise(logits: Float[Tensor, "queries vocab"], targets: Int[Tensor, " queries"]) -> Float[Tensor, " queries"]:
-    """-log softmax(logits) at `targets`, nats, in float32 or wider; nothing larger than 4 MiB or one row is copied."""
-    rows = max(1, SLICE_ELEMENTS // logits.shape[-1])
+    """-log softmax(logits) at `targets`, nats, in float32 or wider.
+
+    A GPU copies nothing, see `can_read_once`; elsewhere a slice of the logits is widened at a time.
+    """
+    if can_read_once(logits):
+        return surprise_read_once(logits, targets)
+    rows = max(1, SLICE_ELEMENTS.get(logits.device.type, SLICE_ELEMENTS["cpu"]) // logits.shape[-1])
     parts = []
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
         wide = part if part.dtype == torch.float64 else part.float()
@@ -80,21 +87,22 @@ def score(
     model: PreTrainedModel,
     ids: Int[Tensor, " tokens"],
     cache: Cache,
-    chunk: int = 256,
+    chunk: int | None = None,
     *,
     singles: int = 0,
     listen: Listener = ignore,
 ) -> Score:
     """Read `ids` through an empty `cache`, and return the surprise of every token after the first.
 
-    `chunk` tokens are fed in one forward pass; `chunk=1` is the token-by-token route. The last `singles` tokens are fed
-    one by one, which measures latency with the cache full. The very last token is only a target and is never fed.
-    The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token read.
+    `chunk` tokens are fed in one forward pass (None: `natural_chunk`); `chunk=1` is the token-by-token route. The last
+    `singles` tokens are fed one by one, which measures latency with the cache full. The very last token is only a
+    target and is never fed. The memory needed beyond the cache is that of one chunk, and about 8 bytes for each token
+    read.
 
     Raises InvalidInput for a stream of fewer than two tokens or sizes that make no sense, and UnsupportedOption where
     the model's output is not finite in its data type.
     """
-    feed = ids.numel() - 1
+    feed, chunk = ids.numel() - 1, natural_chunk(model) if chunk is None else chunk
     if feed < 1:
         raise InvalidInput(f"a stream to score has at least 2 tokens, got {ids.numel()}")
     if chunk < 1 or not 0 <= singles <= feed:

@@ -23,6 +23,8 @@ from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.reading.advice import Advice
+from sinks.reading.pace import CHUNK as CHUNK
+from sinks.reading.pace import natural_chunk
 from sinks.reading.perplexity import finite, surprise
 from sinks.reading.tokens import given_ids
 from sinks.stream.answer import Answer, Finish
@@ -32,9 +34,6 @@ from sinks.stream.opening import Sinks, ends_of, loaded_from, pinned, sizes_for
 from sinks.stream.parking import pack, unpack
 from sinks.stream.pieces import Pieces, Vocabulary
 from sinks.stream.sampling import GREEDY, Sampler, Sampling
-
-CHUNK = 256
-"""Tokens fed in one forward pass: their hidden states and, when scored, logits are all that reading needs."""
 
 FIRST_SEED = 0
 
@@ -97,16 +96,19 @@ class Session:
         system: str | None = None,
         advice: Advice | None = None,
         on_evict: Listen | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         cache: Kind = "full",
     ) -> None:
-        """As `open` with a model that is loaded and attached. `chunk` tokens are fed in one forward pass."""
-        if chunk < 1:
+        """As `open` with a model that is loaded and attached.
+
+        `chunk` tokens are fed in one forward pass; None is what suits the device (`natural_chunk`).
+        """
+        if chunk is not None and chunk < 1:
             raise InvalidInput(f"chunk={chunk}: feed at least one token at a time")
         self.loaded = loaded
         self.system = system
         self.advice = advice
-        self.chunk = chunk
+        self.chunk = natural_chunk(loaded.model) if chunk is None else chunk
         self._cache = SinkCache.for_model(loaded.model, sinks=sinks, window=window, cache=cache)
         self._history = History(self._cache.plan, on_evict)
         self._pieces = Pieces(Vocabulary(loaded.tokenizer))

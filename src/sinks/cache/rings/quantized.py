@@ -22,6 +22,8 @@ from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
 from sinks.cache.rings.ring import Ring
 from sinks.errors import CacheError, InvalidInput
+from sinks.kernels.band.packed import Packed
+from sinks.kernels.band.rounded import Coded, round_arrived
 from sinks.kernels.phase import table_dtype
 
 LARGEST = 127
@@ -162,6 +164,9 @@ class QuantizedRing(Ring):
     def _as_kept(self, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         keys, values = self.kept
         return keys.as_kept(key, block), values.as_kept(value, block)
+
+    def _keep(self, packed: Packed, block: Block) -> None:
+        round_arrived(packed, [Coded(slots.sinks, slots.codes, slots.scales) for slots in self.kept])
 
     def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
         for slots, new in zip(self.kept, (key, value), strict=True):

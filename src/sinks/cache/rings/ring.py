@@ -14,6 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 from sinks.cache.arrival import Block
 from sinks.cache.plan import Plan
 from sinks.errors import CacheError, InvalidInput, NotAttached, UnsupportedOption
+from sinks.kernels.band.arriving import attend_arriving
+from sinks.kernels.band.operator import Walker
+from sinks.kernels.band.packed import Packed, pack
 from sinks.kernels.chunked import attend_block
 from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.phase import rotate, table_dtype
@@ -96,6 +99,24 @@ class Ring(CacheLayerMixin):
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
+    def attend_whole(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        block: Block,
+        scoring: Scoring,
+        walker: Walker,
+    ) -> Float[Tensor, "batch heads columns value_dim"]:
+        """`attend` for query, key and value of a block of any length without pads, in one call of the band kernels."""
+        query, key, value = heads
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        with torch.no_grad():
+            steps = None if scoring.rotary is None else block.steps(scoring.rotary)
+            packed = pack(heads, self._read(block.filled), block.standing, scoring.rotary, steps)
+            self._keep(packed, block)
+            out = attend_arriving(packed, scoring, walker)
+        return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
     def _attend_block(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block, scoring: Scoring, observed: Observed
     ) -> Tensor:
@@ -137,6 +158,12 @@ class Ring(CacheLayerMixin):
     def _as_kept(self, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         """New keys and values as they will be read back once they are written."""
         return key, value
+
+    def _keep(self, packed: Packed, block: Block) -> None:
+        """Write what stays of a chunk; its row then holds new keys and values as they will be read back."""
+        key, value = packed.arrived
+        for run in block.staying:
+            self._write(key[:, :, run.columns], value[:, :, run.columns], run)
 
     def _write(self, key: Tensor, value: Tensor, block: Block) -> None:
         rows, slots, columns = block.writes

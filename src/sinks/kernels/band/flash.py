@@ -59,6 +59,20 @@ def window_forward(
     return out.view(query.shape), log_sums.view(query.shape[1], query.shape[0])
 
 
+def last_forward(
+    query: Float[Tensor, "batch queries heads head_dim"],
+    key: Float[Tensor, "batch keys kv_heads head_dim"],
+    value: Float[Tensor, "batch keys kv_heads head_dim"],
+    window: int,
+    scale: float,
+) -> tuple[Float[Tensor, "batch queries heads head_dim"], Float[Tensor, "batch heads queries"]]:
+    """The plain window of queries that stand at the last keys: result and log-sum-exp."""
+    out, log_sums, *_ = _interface()._flash_attn_fwd(
+        query, key, value, softmax_scale=scale, window_size_left=window - 1, window_size_right=0, return_lse=True
+    )
+    return out, log_sums
+
+
 def window_gradients(
     done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,10 +33,13 @@ LOG2E = 1.4426950408889634
 """Kernels count in powers of two: `log2(e)` is folded into the scale of the scores."""
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function as it is where there is no Triton and nobody will launch it."""
+def jit(kernel: Callable[..., Any], *, varying: Sequence[str] = ()) -> Any:
+    """`triton.jit`, or the function as it is where there is no Triton and nobody will launch it.
+
+    `varying` names whole numbers that change from call to call: none is worth a compilation of its own.
+    """
     # The checker of shapes wraps every function under test, and Triton reads the source of the one inside.
-    return kernel if triton is None else triton.jit(inspect.unwrap(kernel))
+    return kernel if triton is None else triton.jit(inspect.unwrap(kernel), do_not_specialize=list(varying))
 
 
 SHARED_BYTES = 160 * 1024

@@ -1,0 +1,143 @@
+"""A chunk behind a ring: sinks and window of the whole stream, for the new tokens alone, in one call however many.
+
+Forward only. `packed` says why this is exact. The window is walked by the kernel of this file or by flash-attn-4, whose
+last query stands at its last key; the sinks are met by their own query, in tiles, so that there may be any number.
+"""
+
+# pyright: reportPossiblyUnboundVariable=false
+# Branches on constants of the compilation: what one of them binds, only it uses.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sinks.errors import UnsupportedOption
+from sinks.kernels.band import flash
+from sinks.kernels.band.attend import DTYPES
+from sinks.kernels.band.operator import Walker
+from sinks.kernels.band.packed import WIDTHS, Packed, width_of
+from sinks.kernels.device.forward import Shape, _walk, spans
+from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, need_triton, on, tl, triton
+from sinks.kernels.device.tiles import take_in, take_in_logit
+from sinks.kernels.scoring import Scoring
+
+LEAST = 2
+"""New tokens from which the kernels are asked: a single one is a step."""
+
+FLASH_LEAST = 4096
+"""New tokens from which flash-attn-4 is asked: its calls cost a processor a fifth of a millisecond."""
+
+SHAPES: Mapping[int, Shape] = MappingProxyType({
+    64: Shape(64, 128, 4, 2), 128: Shape(64, 64, 4, 3), 256: Shape(64, 64, 4, 2),
+})  # fmt: skip
+"""How each width is cut: measured on an H200 at 8,192 tokens behind 4 + 1,020."""
+
+
+def choose_arriving(query: Tensor, value: Tensor, *, scoring: Scoring) -> Walker | None:
+    """By whom a chunk of even rows without pads is attended behind its ring; None: block by block, in PyTorch.
+
+    The kernels take bfloat16 and float16, heads of up to 256, any number of sinks, sink logits; no soft cap and no
+    ALiBi. They run where `need_triton` says. flash-attn-4 walks heads of more than 64 in long chunks, where it is the
+    faster one.
+    """
+    if query.device.type != "cuda" or query.shape[2] < LEAST or query.dtype not in DTYPES:
+        return None
+    width = width_of(query.shape[3])
+    if width is None or value.shape[3] != query.shape[3]:
+        return None
+    if scoring.scale <= 0 or scoring.slopes is not None or scoring.softcap is not None:
+        return None
+    try:
+        need_triton(query.device)
+    except UnsupportedOption:
+        return None
+    return "flash" if width > WIDTHS[0] and query.shape[2] >= FLASH_LEAST and flash.has_flash() else "triton"
+
+
+@jit
+def _walk_all(
+    queries: Value, key_heads: Value, value_heads: Value, where: Value, sizes: Value, shape: Value, DIM: constexpr,
+    QUERIES: constexpr, KEYS: constexpr,
+) -> Value:  # fmt: skip
+    """The window of a tile of queries, of which `where` says row, head, key head and first one."""
+    row, head, kv_head, first = where
+    kept, count = sizes
+    zeros = tl.zeros([QUERIES], tl.float32)
+    state = (tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros)
+    heads = (queries.load([row * count + first, head * DIM]), key_heads, value_heads)
+    here = (row * (kept + count), kv_head * DIM, kept + first + tl.arange(0, QUERIES))
+    low, whole, partly, high = spans(kept + first, kept + count, shape, QUERIES, KEYS)
+    state = _walk(state, heads, here, (low, whole), shape, KEYS, True, False)
+    state = _walk(state, heads, here, (whole, partly), shape, KEYS, False, False)
+    return _walk(state, heads, here, (partly, high), shape, KEYS, True, False)
+
+
+@partial(jit, varying=("kept", "count"))
+def _arrive(
+    queries: Value, sink_queries: Value, key_heads: Value, value_heads: Value, sink_heads: Value, out: Value,
+    log_sums: Value, logits: Value, shape: Value, kept: Value, count: Value, HEADS: constexpr, GROUP: constexpr,
+    DIM: constexpr, QUERIES: constexpr, KEYS: constexpr, TILE: constexpr, LOGITS: constexpr, WALK: constexpr,
+) -> None:  # fmt: skip
+    """Window, sinks and sink logit of new tokens; unless WALK, `out` and `log_sums` are those of the window already."""
+    head, row = tl.program_id(1), tl.program_id(2)
+    sinks, window, scale = shape
+    first, kv_head = tl.program_id(0) * QUERIES, head // GROUP
+    asks, dims = first + tl.arange(0, QUERIES), tl.arange(0, DIM)
+    real, token = asks < count, kept + asks
+    place = ((row * count + asks).to(tl.int64) * (HEADS * DIM) + head * DIM)[:, None] + dims[None, :]
+    if WALK:
+        where = (row, head, kv_head, first)
+        state = _walk_all(queries, key_heads, value_heads, where, (kept, count), shape, DIM, QUERIES, KEYS)
+        last = token
+    else:
+        noted = log_sums + (row * HEADS + head).to(tl.int64) * count + asks
+        largest = tl.load(noted, mask=real, other=0.0) * 1.4426950408889634 / scale
+        gathered = tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32)
+        state = (gathered, tl.full([QUERIES], 1.0, tl.float32), largest, largest)
+        last = token - window  # a sink that the window still covers was met there, at the same distance
+    if TILE > 0:
+        asking = tl.load(sink_queries + place, mask=real[:, None], other=0.0)
+        for begin in range(0, sinks, TILE):
+            column = begin + tl.arange(0, TILE)
+            there = (row * (kept + count) + column).to(tl.int64) * (HEADS // GROUP * DIM) + kv_head * DIM
+            there, full = there[:, None] + dims[None, :], (column < kept + count)[:, None]
+            scores = tl.dot(asking, tl.trans(tl.load(sink_heads[0] + there, mask=full, other=0.0)))
+            seen = (column < sinks)[None, :] & (column[None, :] <= last[:, None])
+            values = tl.load(sink_heads[1] + there, mask=full, other=0.0)
+            state = take_in(state, tl.where(seen, scores, float("-inf")), values, scale, True, False)
+    gathered, total, largest, weighed = state
+    # Past the end nothing was seen and nothing is stored; it need not be NaN in between.
+    state = (gathered, tl.where(real, total, 1.0), tl.where(real, largest, 0.0), weighed)
+    if LOGITS:
+        state = take_in_logit(state, tl.load(logits + head), scale, False)
+    tl.store(out + place, (state[0] / state[1][:, None]).to(out.dtype.element_ty), mask=real[:, None])
+
+
+def attend_arriving(
+    packed: Packed, scoring: Scoring, walker: Walker
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """Attention of the new tokens over sinks and window."""
+    standing, query, key, value = packed.standing, packed.query, packed.key, packed.value
+    (batch, count, heads, width), kv_heads, logits = query.shape, key.shape[2], scoring.sink_logits
+    cut = SHAPES[width]
+    with on(query.device):
+        if walker == "flash":
+            out, log_sums = flash.last_forward(query, key, value, standing.window, scoring.scale)
+        else:
+            out, log_sums = torch.empty_like(query), query
+        if walker == "triton" or standing.sinks or logits is not None:
+            _arrive[(triton.cdiv(count, cut.queries), heads, batch)](
+                describe(query.flatten(0, 1), cut.queries), packed.sink_query,
+                *(describe(part.flatten(0, 1), cut.keys) for part in (key, value)), (key, value), out, log_sums,
+                query if logits is None else logits, (standing.sinks, standing.window, scoring.scale * LOG2E),
+                standing.kept, count, HEADS=heads, GROUP=heads // kv_heads, DIM=width, QUERIES=cut.queries,
+                KEYS=cut.keys, TILE=min(64, max(16, triton.next_power_of_2(standing.sinks))) if standing.sinks else 0,
+                LOGITS=logits is not None, WALK=walker == "triton", num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
+    return out[..., : packed.head_dim].transpose(1, 2)
