@@ -18,51 +18,74 @@ from torch import Tensor
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.tiles import load_firsts, place_of, sink_tile, take_in, take_in_logit
+from sinks.kernels.device.tiles import load_firsts, place_of, sink_tile
+from sinks.kernels.device.turn import outside, partners, tables
+from sinks.kernels.phase import Rotary
+
+MERGED = 32
+"""Queries of one program that merges."""
 
 QUERIES = 64
-"""Queries of a tile: one warp group, and enough programs for a whole GPU."""
+"""Queries of a tile of the gradient: one warp group, and enough programs for a whole GPU."""
 
 STRIPE = 8
 """Tiles that one program of the gradient goes through before it writes its sums."""
 
+CHUNK = 32
+"""Sums that are added at a time."""
+
 
 @jit
 def _merge(
-    sink_queries: Value, key_heads: Value, value_heads: Value, out: Value, log_sums: Value, logits: Value,
-    begins: Value, shape: Value, tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr,
-    TILE: constexpr, LOGITS: constexpr,
+    scores: Value, value_heads: Value, out: Value, log_sums: Value, logits: Value, begins: Value, shape: Value,
+    tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, SINKS: constexpr,
+    LOGITS: constexpr,
 ) -> None:  # fmt: skip
-    head, row = tl.program_id(1), tl.program_id(2)
+    # The heads that the window's kernel wrote last are still in the cache: they come first.
+    head, row = HEADS - 1 - tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     first = tl.program_id(0) * QUERIES
-    changed = first + QUERIES - 1 >= shape[1]  # before that the window covers every sink
+    changed = first + QUERIES - 1 >= shape[0]  # before that the window covers every sink
     if LOGITS:
         changed = True
     if (first < length) & changed:
-        token = first + tl.arange(0, QUERIES)
+        token, dims = first + tl.arange(0, QUERIES), tl.arange(0, DIM)
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
-        noted = log_sums + head.to(tl.int64) * tokens + begin + token
-        largest = tl.load(noted, mask=real, other=0.0) * 1.4426950408889634 / shape[2]
         gathered = tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32)
-        state = (gathered, tl.full([QUERIES], 1.0, tl.float32), largest, largest)
-        if TILE > 0:
-            turned = tl.load(sink_queries + place, mask=real[:, None], other=0.0)
-            keys = load_firsts(key_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-            values = load_firsts(value_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-            scores = sink_tile(turned, keys, token, tl.arange(0, TILE), shape, True)
-            state = take_in(state, scores, values, shape[2], True, False)
+        noted = head.to(tl.int64) * tokens + begin + token
+        own = tl.load(log_sums + noted, mask=real, other=0.0) * 1.4426950408889634
+        level = own
         if LOGITS:
-            state = take_in_logit(state, tl.load(logits + head), shape[2], False)
-        merged, total, largest, _ = state
-        tl.store(out + place, (merged / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
-        tl.store(noted, (largest * shape[2] + tl.log2(total)) * 0.6931471805599453, mask=real)
+            logit = tl.load(logits + head).to(tl.float32) * 1.4426950408889634
+            level = tl.maximum(level, logit)
+        for column in tl.static_range(SINKS):
+            level = tl.maximum(level, _score(scores, noted, token, real, column, shape, SINKS))
+        total = tl.exp2(own - level)
+        gathered *= total[:, None]
+        if LOGITS:
+            total += tl.exp2(logit - level)
+        for column in tl.static_range(SINKS):
+            weight = tl.exp2(_score(scores, noted, token, real, column, shape, SINKS) - level)
+            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
+            value = tl.load(value_heads + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
+            total += weight
+            gathered += weight[:, None] * value.to(tl.float32)[None, :]
+        tl.store(out + place, (gathered / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
+        tl.store(log_sums + noted, (level + tl.log2(total)) * 0.6931471805599453, mask=real)
+
+
+@jit
+def _score(
+    scores: Value, noted: Value, token: Value, real: Value, column: Value, shape: Value, SINKS: constexpr
+) -> Value:
+    """Scores of one sink in powers of two; -inf where the window covers it."""
+    seen = real & (token - shape[0] >= column)
+    return tl.load(scores + noted * SINKS + column, mask=seen, other=float("-inf")) * shape[1]
 
 
 def merge_sinks(
-    sink_query: Float[Tensor, "tokens heads head_dim"],
-    key: Float[Tensor, "tokens kv_heads head_dim"],
+    scores: Float[Tensor, "heads tokens sinks"] | None,
     value: Float[Tensor, "tokens kv_heads head_dim"],
     logits: Float[Tensor, " heads"] | None,
     window: tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"]],
@@ -74,36 +97,58 @@ def merge_sinks(
         return
     out, log_sums = window
     tokens, heads, head_dim = out.shape
-    _merge[(triton.cdiv(rows.longest, QUERIES), heads, rows.batch)](
-        sink_query, key, value, out, log_sums, log_sums if logits is None else logits, rows.begins,
-        (band.sinks, band.window, band.scale * LOG2E), tokens,
-        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=QUERIES, TILE=band.tile,
-        LOGITS=logits is not None, num_warps=4, num_stages=2,
+    _merge[(triton.cdiv(rows.longest, MERGED), heads, rows.batch)](
+        log_sums if scores is None else scores, value, out, log_sums, log_sums if logits is None else logits,
+        rows.begins, (band.window, band.scale * LOG2E), tokens,
+        HEADS=heads, GROUP=heads // value.shape[1], DIM=head_dim, QUERIES=MERGED, SINKS=band.sinks,
+        LOGITS=logits is not None, num_warps=4,
     )  # fmt: skip
 
 
 @jit
+def _steady(
+    queries: Value, token: Value, real: Value, steps: Value, rotary: Value, bounds: Value, DIM: constexpr,
+    TURNED: constexpr, INTERLEAVED: constexpr,
+) -> Value:  # fmt: skip
+    """Queries as the sinks see them, but for the one turn that a full cache gives all of them.
+
+    Only tokens from bounds[0] up to bounds[1] are turned by less than that.
+    """
+    dims, first = tl.arange(0, DIM), tl.min(token, 0)
+    query = tl.load(queries + dims[None, :], mask=real[:, None], other=0.0)
+    if TURNED:
+        if (first < bounds[1]) & (tl.max(token, 0) >= bounds[0]):
+            partner = partners(dims, rotary, INTERLEAVED)
+            other = tl.load(queries + partner[None, :], mask=real[:, None], other=0.0)
+            cos, sin = tables(tl.minimum(token - bounds[1], 0), dims, steps, rotary, INTERLEAVED)
+            query = (query.to(tl.float32) * cos + other.to(tl.float32) * sin).to(query.dtype)
+    return query
+
+
+@jit
 def _sink_gradient(
-    sink_queries: Value, key_heads: Value, value_heads: Value, out: Value, given: Value, figures: Value, logits: Value,
-    sums: Value, begins: Value, shape: Value, tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    QUERIES: constexpr, STRIPE: constexpr, TILE: constexpr, LOGITS: constexpr, AFTER: constexpr,
+    queries: Value, scores: Value, value_heads: Value, out: Value, given: Value, figures: Value, logits: Value,
+    sums: Value, begins: Value, source: Value, steps: Value, strides: Value, shape: Value, sizes: Value,
+    rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, STRIPE: constexpr,
+    TILE: constexpr, LOGITS: constexpr, AFTER: constexpr, TURNED: constexpr, INTERLEAVED: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """`figures`: log-sum-exp, and delta, written here; `sums`: gradients of sink queries, keys, values and logits."""
+    """`figures`: log-sum-exp, and delta and slopes of scores, written here; `sums`: of keys, values and logits."""
     head, row = tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     slot = (row * HEADS + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     logit_sum = tl.zeros([QUERIES], tl.float32)
+    dims = tl.arange(0, DIM)
     if TILE > 0:
-        column, dims = tl.arange(0, TILE), tl.arange(0, DIM)
-        keys = load_firsts(key_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-        values = load_firsts(value_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
+        column, steady = tl.arange(0, TILE), shape[0] + shape[1] - 1
+        values = load_firsts(value_heads, begin, head // GROUP, length, dims, HEADS // GROUP, DIM, TILE)
         key_sum = tl.zeros([TILE, DIM], tl.float32)
         value_sum = tl.zeros([TILE, DIM], tl.float32)
     for step in range(STRIPE):
         token = (tl.program_id(0) * STRIPE + step) * QUERIES + tl.arange(0, QUERIES)
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
-        noted = head.to(tl.int64) * tokens + begin + token
+        noted = head.to(tl.int64) * sizes[0] + begin + token
         log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
         gradient = tl.load(given + place, mask=real[:, None], other=0.0)
         result = tl.load(out + place, mask=real[:, None], other=0.0)
@@ -112,70 +157,129 @@ def _sink_gradient(
         if LOGITS:
             logit_sum -= tl.exp2(tl.load(logits + head).to(tl.float32) * 1.4426950408889634 - log_sum) * delta
         if TILE > 0:
-            turned = tl.load(sink_queries + place, mask=real[:, None], other=0.0)
-            scores = sink_tile(turned, keys, token, column, shape, AFTER)
-            weights = tl.exp2(scores * shape[2] - log_sum[:, None])
+            found = sink_tile(scores, noted, token, real, shape, TILE, AFTER)
+            weights = tl.exp2(found * shape[2] - log_sum[:, None])
             value_sum = tl.dot(tl.trans(weights).to(gradient.dtype), gradient, value_sum)
             slopes = weights * (tl.dot(gradient, tl.trans(values)) - delta[:, None]) * shape[2] * 0.6931471805599453
-            slopes = slopes.to(keys.dtype)
-            key_sum = tl.dot(tl.trans(slopes), turned, key_sum)
-            query_sum = tl.dot(slopes, keys)
-            tl.store(sums[0] + place, query_sum.to(sums[0].dtype.element_ty), mask=real[:, None])
+            into = figures[2] + (noted * shape[0])[:, None] + column[None, :]
+            tl.store(into, slopes, mask=real[:, None] & (column < shape[0])[None, :])
+            away = outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
+            bounds = (shape[1] if AFTER else 0, steady)
+            query = _steady(queries + away[:, None], token, real, steps, rotary, bounds, DIM, TURNED, INTERLEAVED)
+            key_sum = tl.dot(tl.trans(slopes).to(query.dtype), query, key_sum)
     if LOGITS:
-        tl.store(sums[3] + slot, tl.sum(logit_sum, 0))
+        tl.store(sums[2] + slot, tl.sum(logit_sum, 0))
     if TILE > 0:
-        places = (slot * TILE + column)[:, None] * DIM + dims[None, :]
-        tl.store(sums[1] + places, key_sum)
-        tl.store(sums[2] + places, value_sum)
-
-
-@dataclass(frozen=True, eq=False)
-class SinkGradients:
-    """What the sinks' columns owe: `key` and `value` are [batch, sinks, kv_heads, head_dim] in float32.
-
-    `delta` is the sum of result times gradient for each head and token, which the window's gradient needs too.
-    """
-
-    delta: Float[Tensor, "heads tokens"]
-    query: Float[Tensor, "tokens heads head_dim"] | None
-    key: Float[Tensor, "batch sinks kv_heads head_dim"] | None
-    value: Float[Tensor, "batch sinks kv_heads head_dim"] | None
-    logits: Float[Tensor, " heads"] | None
+        places, wanted = (slot * TILE + column)[:, None] * DIM + dims[None, :], (column < shape[0])[:, None]
+        tl.store(sums[0] + places, key_sum, mask=wanted)
+        tl.store(sums[1] + places, value_sum, mask=wanted)
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A forward pass as its gradient needs it: turned heads, sink logits, the result and its log-sum-exp."""
+    """A forward pass as its gradient needs it: heads, what became of them, the result and its log-sum-exp.
 
+    `raw` is the query as it was given, not turned; `query` and `key` are turned.
+    """
+
+    raw: Float[Tensor, "batch heads queries head_dim"]
     query: Float[Tensor, "tokens heads head_dim"]
-    sink_query: Float[Tensor, "tokens heads head_dim"]
     key: Float[Tensor, "tokens kv_heads head_dim"]
     value: Float[Tensor, "tokens kv_heads head_dim"]
+    scores: Float[Tensor, "heads tokens sinks"] | None
     logits: Float[Tensor, " heads"] | None
     out: Float[Tensor, "tokens heads head_dim"]
     log_sums: Float[Tensor, "heads tokens"]
 
 
+@dataclass(frozen=True, eq=False)
+class SinkGradients:
+    """What the sinks' columns owe: `sums` holds the part of each stripe of queries, to keys and to values.
+
+    `slopes` is the gradient of `Turned.scores`. `delta` is the sum of result times gradient for each head and token,
+    which the window's gradient needs too.
+    """
+
+    delta: Float[Tensor, "heads tokens"]
+    slopes: Float[Tensor, "heads tokens sinks"] | None
+    sums: Float[Tensor, "2 batch heads stripes tile head_dim"]
+    logits: Float[Tensor, " heads"] | None
+
+
 def sink_gradients(
-    done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band, *, after: bool
-) -> SinkGradients:
+    done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band, rotary: Rotary | None,
+    *, after: bool,
+) -> SinkGradients:  # fmt: skip
     """The gradient through the sinks' columns; `after`: without those that the window covers as well."""
     tokens, heads, head_dim = done.out.shape
-    stripes, kv_heads = triton.cdiv(rows.longest, QUERIES * STRIPE), done.key.shape[1]
+    stripes = triton.cdiv(rows.longest, QUERIES * STRIPE)
     delta = torch.empty_like(done.log_sums)
-    query = torch.empty_like(done.query) if band.tile else None
-    made = delta.new_empty(2, rows.batch, heads, stripes, band.tile, head_dim)
+    slopes = None if done.scores is None else torch.empty_like(done.scores)
+    sums = delta.new_empty(2, rows.batch, heads, stripes, band.tile, head_dim)
     logit_sums = delta.new_empty(rows.batch, heads, stripes)
     _sink_gradient[(stripes, heads, rows.batch)](
-        done.sink_query, done.key, done.value, done.out, given, (done.log_sums, delta),
-        delta if done.logits is None else done.logits,
-        (delta if query is None else query, made[0], made[1], logit_sums), rows.begins,
-        (band.sinks, band.window, band.scale * LOG2E), tokens,
-        HEADS=heads, GROUP=heads // kv_heads, DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
-        LOGITS=done.logits is not None, AFTER=after, num_warps=4, num_stages=2,
+        done.raw, delta if done.scores is None else done.scores, done.value, done.out, given,
+        (done.log_sums, delta, delta if slopes is None else slopes), delta if done.logits is None else done.logits,
+        (sums[0], sums[1], logit_sums), rows.begins, rows.begins if rows.source is None else rows.source,
+        rows.begins if rotary is None else rotary.steps.to(given.device), tuple(done.raw.stride()[:3]),
+        (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
+        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
+        HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
+        LOGITS=done.logits is not None, AFTER=after, TURNED=rotary is not None,
+        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=4,
     )  # fmt: skip
-    logits = None if done.logits is None else logit_sums.sum(dim=(0, 2))
-    if query is None:
-        return SinkGradients(delta, None, None, None, logits)
-    sums = made[..., : band.sinks, :].unflatten(2, (kv_heads, -1)).sum(dim=(3, 4)).transpose(2, 3)
-    return SinkGradients(delta, query, sums[0], sums[1], logits)
+    return SinkGradients(delta, slopes, sums, None if done.logits is None else logit_sums.sum(dim=(0, 2)))
+
+
+@jit
+def _settle(
+    sums: Value, key: Value, value: Value, begins: Value, steps: Value, rotary: Value, sizes: Value, KV: constexpr,
+    DIM: constexpr, TILE: constexpr, CHUNK: constexpr, TURNED: constexpr, INTERLEAVED: constexpr,
+) -> None:  # fmt: skip
+    column, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(begins + row)
+    if begin + column < tl.load(begins + row + 1):
+        count, steady = sizes
+        dims = tl.arange(0, DIM)
+        partner = partners(dims, rotary, INTERLEAVED)
+        own, other, due = (tl.zeros([CHUNK, DIM], tl.float32),) * 3
+        for start in range(0, count, CHUNK):
+            part = start + tl.arange(0, CHUNK)
+            places = ((((row * KV + kv_head).to(tl.int64) * count + part) * TILE + column) * DIM)[:, None]
+            there = (part < count)[:, None]
+            own += tl.load(sums[0] + places + dims[None, :], mask=there, other=0.0)
+            due += tl.load(sums[1] + places + dims[None, :], mask=there, other=0.0)
+            if TURNED:
+                other += tl.load(sums[0] + places + partner[None, :], mask=there, other=0.0)
+        made = tl.sum(own, 0)[None, :]
+        if TURNED:
+            cos, sin = tables(tl.full([1], steady, tl.int32), dims, steps, rotary, INTERLEAVED)
+            made = made * cos + tl.sum(other, 0)[None, :] * sin
+        place = (begin + column).to(tl.int64) * (KV * DIM) + kv_head * DIM + dims[None, :]
+        made += tl.load(key + place).to(tl.float32)
+        tl.store(key + place, made.to(key.dtype.element_ty))
+        made = tl.sum(due, 0)[None, :] + tl.load(value + place).to(tl.float32)
+        tl.store(value + place, made.to(value.dtype.element_ty))
+
+
+def settle(
+    part: SinkGradients,
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    value: Float[Tensor, "tokens kv_heads head_dim"],
+    rows: Rows,
+    band: Band,
+    rotary: Rotary | None,
+) -> None:
+    """Add what the sinks' columns owe to the gradients of turned keys and of values, in place."""
+    if not band.sinks:
+        return
+    _, batch, heads, stripes, tile, head_dim = part.sums.shape
+    kv_heads = key.shape[1]
+    _settle[(band.sinks, kv_heads, batch)](
+        (part.sums[0], part.sums[1]), key, value, rows.begins,
+        rows.begins if rotary is None else rotary.steps.to(key.device),
+        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
+        (heads // kv_heads * stripes, band.sinks + band.window - 1),
+        KV=kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, TURNED=rotary is not None,
+        INTERLEAVED=rotary is not None and rotary.interleaved, num_warps=4,
+    )  # fmt: skip

@@ -46,23 +46,27 @@ def take_in_logit(state: Value, logit: Value, scale: Value, STATISTICS: constexp
 
 
 @jit
-def sink_tile(queries: Value, keys: Value, token: Value, column: Value, shape: Value, AFTER: constexpr) -> Value:
-    """Products of queries at positions `token` against sinks at `column`; -inf where a sink is none of this tile's.
+def sink_tile(
+    scores: Value, noted: Value, token: Value, real: Value, shape: Value, TILE: constexpr, AFTER: constexpr
+) -> Value:
+    """Load products of queries at positions `token` with the sinks; -inf where a sink is none of this tile's.
 
     AFTER leaves out what the window still covers, where sink and query stand at their true distance anyway.
     """
     sinks, window, _ = shape
-    scores = tl.dot(queries, tl.trans(keys))
-    last = token - window if AFTER else token
-    return tl.where((column < sinks)[None, :] & (column[None, :] <= last[:, None]), scores, float("-inf"))
+    column = tl.arange(0, TILE)
+    last = tl.where(real, token - window if AFTER else token, -1)
+    seen = (column < sinks)[None, :] & (column[None, :] <= last[:, None])
+    return tl.load(scores + (noted * sinks)[:, None] + column[None, :], mask=seen, other=float("-inf"))
 
 
 @jit
 def load_firsts(
-    heads: Value, begin: Value, head: Value, length: Value, COUNT: constexpr, DIM: constexpr, TILE: constexpr,
+    heads: Value, begin: Value, head: Value, length: Value, dims: Value, COUNT: constexpr, DIM: constexpr,
+    TILE: constexpr,
 ) -> Value:  # fmt: skip
-    """The first TILE tokens [TILE, DIM] of one head of `heads` [tokens, COUNT, DIM], zeros past the row's end."""
-    column, dims = tl.arange(0, TILE), tl.arange(0, DIM)
+    """The first TILE tokens [TILE, dims] of one head of `heads` [tokens, COUNT, DIM], zeros past the row's end."""
+    column = tl.arange(0, TILE)
     places = (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
     return tl.load(heads + places[:, None] + dims[None, :], mask=(column < length)[:, None], other=0.0)
 

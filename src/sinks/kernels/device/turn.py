@@ -1,18 +1,26 @@
-"""Turn heads by their phases and pack them in one pass: two angles for a query, one for a key.
+"""Turn heads by their phases and pack them in one pass, and turn gradients back; queries meet the sinks on the way.
 
-Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle.
+Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle. A query has
+two: its position for recent keys, and its position in the cache for sinks. The second one is never written down: only
+its products with the few sinks are, and the slopes of those are what its gradient is made of.
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# Branches on constants of the compilation: what one of them binds, only it uses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
+from sinks.kernels.device.tiles import load_firsts
 from sinks.kernels.phase import Rotary
 
 TOKENS = 16
@@ -48,96 +56,169 @@ def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
 
 
 @jit
+def outside(
+    begin: Value, token: Value, real: Value, source: Value, strides: Value, columns: Value, PACKED: constexpr
+) -> Value:
+    """Offsets of a row's tokens in a batch with pads, [batch, heads, queries, dims] of any strides but the last."""
+    if PACKED:
+        where = tl.load(source + begin + token, mask=real, other=0)
+    else:
+        where = (begin + token).to(tl.int64)
+    return where // columns * strides[0] + where % columns * strides[2]
+
+
+@jit
 def _turn(
-    heads: Value, turned: Value, begins: Value, source: Value, steps: Value, strides: Value, sizes: Value,
-    rotary: Value, HEADS: constexpr, DIM: constexpr, TOKENS: constexpr, ANGLES: constexpr, INTERLEAVED: constexpr,
-    BACK: constexpr, PACKED: constexpr,
+    heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
+    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """heads[source] -> turned[0] by the position, turned[1] by that in the cache; BACK: their gradients back."""
+    """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks."""
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real, dims = (token < length)[:, None], tl.arange(0, DIM)
-    columns, capacity = sizes
-    partner = partners(dims, rotary, INTERLEAVED)
-    if PACKED:
-        where = tl.load(source + begin + token, mask=token < length, other=0)
-    else:
-        where = (begin + token).to(tl.int64)
-    outside = (where // columns * strides[0] + where % columns * strides[2])[:, None]
-    inside = ((begin + token).to(tl.int64) * (HEADS * DIM))[:, None]
-    cos, sin = tables(token, dims, steps, rotary, INTERLEAVED)
-    sink_cos, sink_sin = cos, sin
-    if ANGLES == 2:
-        sink_cos, sink_sin = tables(tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
-    for head in range(HEADS):
-        away, here = heads + outside + head * strides[1], inside + head * DIM
-        if BACK:
-            # The inverse of a turn is its transpose: the partner's sine changes sides.
-            made = _mix(turned[0] + here, dims, partner, cos, -sin, real)
-            if ANGLES == 2:
-                made += _mix(turned[1] + here, dims, partner, sink_cos, -sink_sin, real)
-            tl.store(away + dims[None, :], made.to(heads.dtype.element_ty), mask=real)
-        else:
-            tl.store(turned[0] + here + dims[None, :], _mix(away, dims, partner, cos, sin, real), mask=real)
-            if ANGLES == 2:
-                made = _mix(away, dims, partner, sink_cos, sink_sin, real)
-                tl.store(turned[1] + here + dims[None, :], made, mask=real)
+    real, dims = token < length, tl.arange(0, DIM)
+    columns, capacity, tokens, sinks = sizes
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)[:, None]
+    place = (begin + token).to(tl.int64)
+    if TURNED:
+        partner = partners(dims, rotary, INTERLEAVED)
+        cos, sin = tables(token, dims, steps, rotary, INTERLEAVED)
+        if TILE > 0:
+            sink_cos, sink_sin = tables(tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
+    for kv_head in range(HEADS // GROUP):
+        if TILE > 0:
+            keys = load_firsts(first_keys, begin, kv_head, length, dims, HEADS // GROUP, DIM, TILE)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            own = tl.load(away + head * strides[1] + dims[None, :], mask=real[:, None], other=0.0)
+            query = own
+            if TURNED:
+                other = tl.load(away + head * strides[1] + partner[None, :], mask=real[:, None], other=0.0)
+                own, other = own.to(tl.float32), other.to(tl.float32)
+                here = turned + (place * (HEADS * DIM))[:, None] + head * DIM + dims[None, :]
+                tl.store(here, (own * cos + other * sin).to(query.dtype), mask=real[:, None])
+                if TILE > 0:
+                    query = (own * sink_cos + other * sink_sin).to(query.dtype)
+            if TILE > 0:
+                column = tl.arange(0, TILE)
+                noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+                products = tl.dot(query, tl.trans(keys))
+                tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
 
 
 @jit
-def _mix(places: Value, dims: Value, partner: Value, cos: Value, sin: Value, real: Value) -> Value:
-    own = tl.load(places + dims[None, :], mask=real, other=0.0).to(tl.float32)
-    other = tl.load(places + partner[None, :], mask=real, other=0.0).to(tl.float32)
-    return own * cos + other * sin
+def _turn_back(
+    given: Value, heads: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
+    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, PACKED: constexpr,
+) -> None:  # fmt: skip
+    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
+    row = tl.program_id(1)
+    begin = tl.load(begins + row)
+    length = tl.load(begins + row + 1) - begin
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    real, dims = token < length, tl.arange(0, DIM)
+    columns, capacity, tokens, sinks = sizes
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)[:, None]
+    place = (begin + token).to(tl.int64)
+    if TURNED:
+        partner = partners(dims, rotary, INTERLEAVED)
+        # The inverse of a turn is its transpose: the partner's sine changes sides.
+        cos, sin = tables(-token, dims, steps, rotary, INTERLEAVED)
+        if TILE > 0:
+            sink_cos, sink_sin = tables(-tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
+    for kv_head in range(HEADS // GROUP):
+        if TILE > 0:
+            keys = load_firsts(first_keys, begin, kv_head, length, dims, HEADS // GROUP, DIM, TILE)
+            if TURNED:
+                swapped = load_firsts(first_keys, begin, kv_head, length, partner, HEADS // GROUP, DIM, TILE)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            here = given + (place * (HEADS * DIM))[:, None] + head * DIM
+            made = tl.load(here + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+            if TURNED:
+                other = tl.load(here + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+                made = made * cos + other * sin
+            if TILE > 0:
+                column = tl.arange(0, TILE)
+                noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+                share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
+                due = tl.dot(share.to(keys.dtype), keys)
+                if TURNED:
+                    due = due * sink_cos + tl.dot(share.to(keys.dtype), swapped) * sink_sin
+                made += due
+            tl.store(away + head * strides[1] + dims[None, :], made.to(heads.dtype.element_ty), mask=real[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Packed heads as a kernel that walks the window wants them, and what the queries make of the sinks.
+
+    `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither scaled nor
+    hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
+    """
+
+    query: Float[Tensor, "tokens heads head_dim"]
+    key: Float[Tensor, "tokens kv_heads head_dim"]
+    scores: Float[Tensor, "heads tokens sinks"] | None
+
+
+def turn(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads queries head_dim"],
+    rows: Rows,
+    rotary: Rotary | None,
+    band: Band,
+) -> Turned:
+    """Pack query and key, turned by their positions; the last axis of both has stride 1."""
+    turned_key, turned_query = (_make(heads, rows, rotary) for heads in (key, query))
+    if rotary is not None:
+        _launch(_turn, (key, turned_key, turned_key, turned_key), key, rows, rotary, (0, 0), key.shape[1])
+    scores = None
+    if band.sinks:
+        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
+    if rotary is not None or scores is not None:
+        tensors = (query, turned_query, turned_key, turned_query if scores is None else scores)
+        _launch(_turn, tensors, query, rows, rotary, (band.sinks, band.sinks + band.window), key.shape[1])
+    return Turned(turned_query, turned_key, scores)
+
+
+def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
+    return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
+
+
+def turn_back(
+    given: Float[Tensor, "tokens heads head_dim"],
+    first_keys: Float[Tensor, "tokens kv_heads head_dim"],
+    slopes: Float[Tensor, "heads tokens sinks"] | None,
+    rows: Rows,
+    rotary: Rotary | None,
+    capacity: int,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """The gradient of heads from that of their turned ones and, for queries, of their scores against the sinks."""
+    if rotary is None and slopes is None:
+        return rows.unpack(given)
+    make = given.new_empty if rows.source is None else given.new_zeros
+    heads = make(rows.batch, rows.columns, *given.shape[1:]).transpose(1, 2)
+    tensors = (given, heads, first_keys, given if slopes is None else slopes)
+    sinks = 0 if slopes is None else slopes.shape[2]
+    _launch(_turn_back, tensors, heads, rows, rotary, (sinks, capacity), first_keys.shape[1])
+    return heads
 
 
 def _launch(
-    heads: Tensor, turned: tuple[Tensor, ...], rows: Rows, rotary: Rotary, capacity: int, back: bool
-) -> None:
+    kernel: Any, tensors: tuple[Tensor, ...], heads: Tensor, rows: Rows, rotary: Rotary | None,
+    sizes: tuple[int, int], kv_heads: int,
+) -> None:  # fmt: skip
     source = rows.begins if rows.source is None else rows.source
-    _turn[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
-        heads, (turned[0], turned[-1]), rows.begins, source, rotary.steps.to(heads.device),
-        tuple(heads.stride()[:3]), (rows.columns, capacity), (rotary.first, rotary.width // 2),
-        HEADS=heads.shape[1], DIM=heads.shape[3], TOKENS=TOKENS, ANGLES=len(turned), INTERLEAVED=rotary.interleaved,
-        BACK=back, PACKED=rows.source is not None, num_warps=4,
+    steps = rows.begins if rotary is None else rotary.steps.to(heads.device)
+    sinks, capacity = sizes
+    kernel[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
+        *tensors, rows.begins, source, steps, tuple(heads.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks),
+        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
+        HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
+        TILE=Band(sinks, 1, 1.0).tile, TURNED=rotary is not None,
+        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=4,
     )  # fmt: skip
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, heads: Tensor, rows: Rows, rotary: Rotary, capacity: int, angles: int
-    ) -> tuple[Tensor, ...]:
-        heads = heads if heads.stride(3) == 1 else heads.contiguous()
-        turned = tuple(heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3]) for _ in range(angles))
-        _launch(heads, turned, rows, rotary, capacity, back=False)
-        ctx.of, ctx.shape = (rows, rotary, capacity), heads.shape
-        return turned
-
-    @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        rows, rotary, capacity = ctx.of
-        batch, count, columns, dims = ctx.shape
-        make = given[0].new_empty if rows.source is None else given[0].new_zeros
-        heads = make(batch, columns, count, dims).transpose(1, 2)
-        _launch(heads, tuple(part.contiguous() for part in given), rows, rotary, capacity, back=True)
-        return heads, None, None, None, None
-
-
-def turn_query(
-    query: Float[Tensor, "batch heads queries head_dim"], rows: Rows, rotary: Rotary | None, capacity: int
-) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "tokens heads head_dim"]]:
-    """The packed query for recent keys, turned by its position, and for sinks, by its position in the cache."""
-    if rotary is None:
-        packed = rows.pack(query)
-        return packed, packed
-    return _Turn.apply(query, rows, rotary, capacity, 2)
-
-
-def turn_key(
-    key: Float[Tensor, "batch kv_heads queries head_dim"], rows: Rows, rotary: Rotary | None
-) -> Float[Tensor, "tokens kv_heads head_dim"]:
-    """The packed key, turned by its position: sinks and recent keys alike."""
-    return rows.pack(key) if rotary is None else _Turn.apply(key, rows, rotary, 1, 1)[0]
