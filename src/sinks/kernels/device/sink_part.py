@@ -25,10 +25,10 @@ from sinks.kernels.phase import Rotary
 MERGED = 32
 """Queries of one program that merges."""
 
-QUERIES = 64
-"""Queries of a tile of the gradient: one warp group, and enough programs for a whole GPU."""
+QUERIES = 32
+"""Queries of a tile of the gradient."""
 
-STRIPE = 8
+STRIPE = 16
 """Tiles that one program of the gradient goes through before it writes its sums."""
 
 CHUNK = 32
@@ -59,13 +59,13 @@ def _merge(
         if LOGITS:
             logit = tl.load(logits + head).to(tl.float32) * 1.4426950408889634
             level = tl.maximum(level, logit)
-        for column in tl.static_range(SINKS):
+        for column in tl.range(0, SINKS, loop_unroll_factor=4):
             level = tl.maximum(level, _score(scores, noted, token, real, column, shape, SINKS))
         total = tl.exp2(own - level)
         gathered *= total[:, None]
         if LOGITS:
             total += tl.exp2(logit - level)
-        for column in tl.static_range(SINKS):
+        for column in tl.range(0, SINKS, loop_unroll_factor=4):
             weight = tl.exp2(_score(scores, noted, token, real, column, shape, SINKS) - level)
             at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
             value = tl.load(value_heads + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
