@@ -26,6 +26,9 @@ from sinks.kernels.phase import Rotary
 TOKENS = 16
 """Tokens of one program, which turns all of their heads by one sine and cosine."""
 
+WARPS = 4
+"""Warps of such a program."""
+
 
 @jit
 def tables(token: Value, dims: Value, steps: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
@@ -39,8 +42,24 @@ def tables(token: Value, dims: Value, steps: Value, rotary: Value, INTERLEAVED: 
         pair, second = offset % tl.maximum(pairs, 1), offset >= pairs
     step = tl.load(steps + pair, mask=inside, other=0)
     phase = ((token.to(tl.int64)[:, None] * step[None, :]) >> 32).to(tl.int32)
-    angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
-    return tl.cos(angle), tl.where(second[None, :], tl.sin(angle), -tl.sin(angle))
+    cos, sin = circle(phase)
+    return cos, tl.where(second[None, :], sin, -sin)
+
+
+@jit
+def circle(phase: Value) -> Value:
+    """Cosine and sine of a signed 32-bit fraction of a turn, to 1e-7: quarters are integers, so nothing is reduced.
+
+    `tl.cos` carries a path for huge angles that is never taken and costs registers all the same.
+    """
+    quarter = (phase + 0x20000000) >> 30
+    angle = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32; at most an eighth
+    square = angle * angle
+    sin = 1.0 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
+    cos = 1.0 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    sin, odd = sin * angle, (quarter & 1) != 0
+    sign = 1.0 - (quarter & 2).to(tl.float32)
+    return tl.where(odd, -sin, cos) * sign, tl.where(odd, cos, sin) * sign
 
 
 @jit
@@ -220,5 +239,5 @@ def _launch(
         (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
         HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
         TILE=Band(sinks, 1, 1.0).tile, TURNED=rotary is not None,
-        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=4,
+        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=WARPS,
     )  # fmt: skip
