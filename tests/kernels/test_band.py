@@ -238,9 +238,7 @@ def test_statistics_equal_those_of_written_out_weights(case: Case) -> None:
         # Scores come from heads rounded to 11 bits after turning: 2^-11 of scores of size 5, all in all.
         assert (got - exact.where(real, 0)).abs().max() < 2e-2 * (1 + exact.abs().max()), name
         assert (got - exact.where(real, 0)).square().mean().sqrt() < 2e-3 * (1 + exact.abs().max()), name
-    plain = attend(
-        *heads, sinks=case.sinks, window=case.window, scoring=scoring, positions=positions, impl="triton"
-    )
+    plain = attend(*heads, sinks=case.sinks, window=case.window, scoring=scoring, positions=positions, impl="triton")
     assert torch.equal(out, plain)
 
 

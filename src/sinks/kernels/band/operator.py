@@ -37,9 +37,7 @@ class Plan:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan) -> Tensor:
         rows, band = plan.rows, plan.band
         turned = turn(query, key, rows, plan.rotary, band)
         if plan.walker == "flash":
