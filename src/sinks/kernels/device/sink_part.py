@@ -19,7 +19,7 @@ from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.tiles import load_firsts, place_of, sink_tile
-from sinks.kernels.device.turn import outside, partners, tables
+from sinks.kernels.device.turn import angles, load_pairs, numbers, outside, pairs_of, spell
 from sinks.kernels.phase import Rotary
 
 MERGED = 32
@@ -107,22 +107,21 @@ def merge_sinks(
 
 @jit
 def _steady(
-    queries: Value, token: Value, real: Value, steps: Value, rotary: Value, bounds: Value, DIM: constexpr,
-    TURNED: constexpr, INTERLEAVED: constexpr,
+    places: Value, token: Value, real: Value, steps: Value, rotary: Value, bounds: Value, DIM: constexpr,
+    TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
 ) -> Value:  # fmt: skip
-    """Queries as the sinks see them, but for the one turn that a full cache gives all of them.
+    """Queries at `places` as the sinks see them, but for the one turn that a full cache gives all of them.
 
     Only tokens from bounds[0] up to bounds[1] are turned by less than that.
     """
-    dims, first = tl.arange(0, DIM), tl.min(token, 0)
-    query = tl.load(queries + dims[None, :], mask=real[:, None], other=0.0)
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+    low, high = load_pairs(places, one, other, real)
     if TURNED:
-        if (first < bounds[1]) & (tl.max(token, 0) >= bounds[0]):
-            partner = partners(dims, rotary, INTERLEAVED)
-            other = tl.load(queries + partner[None, :], mask=real[:, None], other=0.0)
-            cos, sin = tables(tl.minimum(token - bounds[1], 0), dims, steps, rotary, INTERLEAVED)
-            query = (query.to(tl.float32) * cos + other.to(tl.float32) * sin).to(query.dtype)
-    return query
+        if (tl.min(token, 0) < bounds[1]) & (tl.max(token, 0) >= bounds[0]):
+            cos, sin = angles(tl.minimum(token - bounds[1], 0), steps, rotary, DIM)
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            low, high = (a * cos - b * sin).to(low.dtype), (b * cos + a * sin).to(low.dtype)
+    return low, high
 
 
 @jit
@@ -131,7 +130,7 @@ def _sink_gradient(
     sums: Value, begins: Value, source: Value, steps: Value, strides: Value, shape: Value, sizes: Value,
     rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, STRIPE: constexpr,
     TILE: constexpr, LOGITS: constexpr, AFTER: constexpr, TURNED: constexpr, INTERLEAVED: constexpr,
-    PACKED: constexpr,
+    WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
     """`figures`: log-sum-exp, and delta and slopes of scores, written here; `sums`: of keys, values and logits."""
     head, row = tl.program_id(1), tl.program_id(2)
@@ -143,7 +142,8 @@ def _sink_gradient(
     if TILE > 0:
         column, steady = tl.arange(0, TILE), shape[0] + shape[1] - 1
         values = load_firsts(value_heads, begin, head // GROUP, length, dims, HEADS // GROUP, DIM, TILE)
-        key_sum = tl.zeros([TILE, DIM], tl.float32)
+        low_sum = tl.zeros([TILE, DIM // 2], tl.float32)
+        high_sum = tl.zeros([TILE, DIM // 2], tl.float32)
         value_sum = tl.zeros([TILE, DIM], tl.float32)
     for step in range(STRIPE):
         token = (tl.program_id(0) * STRIPE + step) * QUERIES + tl.arange(0, QUERIES)
@@ -163,16 +163,19 @@ def _sink_gradient(
             slopes = weights * (tl.dot(gradient, tl.trans(values)) - delta[:, None]) * shape[2] * 0.6931471805599453
             into = figures[2] + (noted * shape[0])[:, None] + column[None, :]
             tl.store(into, slopes, mask=real[:, None] & (column < shape[0])[None, :])
-            away = outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
+            away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
             bounds = (shape[1] if AFTER else 0, steady)
-            query = _steady(queries + away[:, None], token, real, steps, rotary, bounds, DIM, TURNED, INTERLEAVED)
-            key_sum = tl.dot(tl.trans(slopes).to(query.dtype), query, key_sum)
+            low, high = _steady(away, token, real, steps, rotary, bounds, DIM, TURNED, INTERLEAVED, WHOLE)
+            slopes = tl.trans(slopes).to(low.dtype)
+            low_sum, high_sum = tl.dot(slopes, low, low_sum), tl.dot(slopes, high, high_sum)
     if LOGITS:
         tl.store(sums[2] + slot, tl.sum(logit_sum, 0))
     if TILE > 0:
-        places, wanted = (slot * TILE + column)[:, None] * DIM + dims[None, :], (column < shape[0])[:, None]
-        tl.store(sums[0] + places, key_sum, mask=wanted)
-        tl.store(sums[1] + places, value_sum, mask=wanted)
+        places, wanted = (slot * TILE + column)[:, None] * DIM, (column < shape[0])[:, None]
+        one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+        tl.store(sums[0] + places + one[None, :], low_sum, mask=wanted)
+        tl.store(sums[0] + places + other[None, :], high_sum, mask=wanted)
+        tl.store(sums[1] + places + dims[None, :], value_sum, mask=wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +216,7 @@ def sink_gradients(
     """The gradient through the sinks' columns; `after`: without those that the window covers as well."""
     tokens, heads, head_dim = done.out.shape
     stripes = triton.cdiv(rows.longest, QUERIES * STRIPE)
-    delta = torch.empty_like(done.log_sums)
+    delta, (steps, pairs) = torch.empty_like(done.log_sums), numbers(rotary, rows)
     slopes = None if done.scores is None else torch.empty_like(done.scores)
     sums = delta.new_empty(2, rows.batch, heads, stripes, band.tile, head_dim)
     logit_sums = delta.new_empty(rows.batch, heads, stripes)
@@ -221,12 +224,10 @@ def sink_gradients(
         done.raw, delta if done.scores is None else done.scores, done.value, done.out, given,
         (done.log_sums, delta, delta if slopes is None else slopes), delta if done.logits is None else done.logits,
         (sums[0], sums[1], logit_sums), rows.begins, rows.begins if rows.source is None else rows.source,
-        rows.begins if rotary is None else rotary.steps.to(given.device), tuple(done.raw.stride()[:3]),
-        (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
-        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
+        steps, tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns), pairs,
         HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
-        LOGITS=done.logits is not None, AFTER=after, TURNED=rotary is not None,
-        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=4,
+        LOGITS=done.logits is not None, AFTER=after, PACKED=rows.source is not None, num_warps=4,
+        **spell(rotary, head_dim),
     )  # fmt: skip
     return SinkGradients(delta, slopes, sums, None if done.logits is None else logit_sums.sum(dim=(0, 2)))
 
@@ -234,32 +235,36 @@ def sink_gradients(
 @jit
 def _settle(
     sums: Value, key: Value, value: Value, begins: Value, steps: Value, rotary: Value, sizes: Value, KV: constexpr,
-    DIM: constexpr, TILE: constexpr, CHUNK: constexpr, TURNED: constexpr, INTERLEAVED: constexpr,
+    DIM: constexpr, TILE: constexpr, CHUNK: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
 ) -> None:  # fmt: skip
     column, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     if begin + column < tl.load(begins + row + 1):
         count, steady = sizes
         dims = tl.arange(0, DIM)
-        partner = partners(dims, rotary, INTERLEAVED)
-        own, other, due = (tl.zeros([CHUNK, DIM], tl.float32),) * 3
+        one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+        low, high = tl.zeros([CHUNK, DIM // 2], tl.float32), tl.zeros([CHUNK, DIM // 2], tl.float32)
+        due = tl.zeros([CHUNK, DIM], tl.float32)
         for start in range(0, count, CHUNK):
             part = start + tl.arange(0, CHUNK)
-            places = ((((row * KV + kv_head).to(tl.int64) * count + part) * TILE + column) * DIM)[:, None]
-            there = (part < count)[:, None]
-            own += tl.load(sums[0] + places + dims[None, :], mask=there, other=0.0)
-            due += tl.load(sums[1] + places + dims[None, :], mask=there, other=0.0)
-            if TURNED:
-                other += tl.load(sums[0] + places + partner[None, :], mask=there, other=0.0)
-        made = tl.sum(own, 0)[None, :]
+            places = (((row * KV + kv_head).to(tl.int64) * count + part) * TILE + column) * DIM
+            a, b = load_pairs(sums[0] + places, one, other, part < count)
+            low, high = low + a, high + b
+            due += tl.load(sums[1] + places[:, None] + dims[None, :], mask=(part < count)[:, None], other=0.0)
+        low, high = tl.sum(low, 0)[None, :], tl.sum(high, 0)[None, :]
         if TURNED:
-            cos, sin = tables(tl.full([1], steady, tl.int32), dims, steps, rotary, INTERLEAVED)
-            made = made * cos + tl.sum(other, 0)[None, :] * sin
-        place = (begin + column).to(tl.int64) * (KV * DIM) + kv_head * DIM + dims[None, :]
-        made += tl.load(key + place).to(tl.float32)
-        tl.store(key + place, made.to(key.dtype.element_ty))
-        made = tl.sum(due, 0)[None, :] + tl.load(value + place).to(tl.float32)
-        tl.store(value + place, made.to(value.dtype.element_ty))
+            cos, sin = angles(tl.full([1], steady, tl.int32), steps, rotary, DIM)
+            low, high = low * cos - high * sin, high * cos + low * sin
+        place = (begin + column).to(tl.int64) * (KV * DIM) + kv_head * DIM
+        _add(key + place + one[None, :], low)
+        _add(key + place + other[None, :], high)
+        _add(value + place + dims[None, :], tl.sum(due, 0)[None, :])
+
+
+@jit
+def _add(places: Value, made: Value) -> None:
+    there = tl.load(places)
+    tl.store(places, (there.to(tl.float32) + made).to(there.dtype))
 
 
 def settle(
@@ -274,12 +279,9 @@ def settle(
     if not band.sinks:
         return
     _, batch, heads, stripes, tile, head_dim = part.sums.shape
-    kv_heads = key.shape[1]
+    kv_heads, (steps, pairs) = key.shape[1], numbers(rotary, rows)
     _settle[(band.sinks, kv_heads, batch)](
-        (part.sums[0], part.sums[1]), key, value, rows.begins,
-        rows.begins if rotary is None else rotary.steps.to(key.device),
-        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
+        (part.sums[0], part.sums[1]), key, value, rows.begins, steps, pairs,
         (heads // kv_heads * stripes, band.sinks + band.window - 1),
-        KV=kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, TURNED=rotary is not None,
-        INTERLEAVED=rotary is not None and rotary.interleaved, num_warps=4,
+        KV=kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, num_warps=4, **spell(rotary, head_dim),
     )  # fmt: skip

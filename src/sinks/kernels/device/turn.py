@@ -75,6 +75,47 @@ def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
 
 
 @jit
+def pairs_of(rotary: Value, DIM: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr) -> Value:
+    """Dimensions two by two, as they are turned together; then, by an angle of 0, those that are not turned.
+
+    WHOLE, that all are turned, is known when compiling: then a warp reads its dimensions in one piece.
+    """
+    pair = tl.arange(0, DIM // 2)
+    if WHOLE:
+        if INTERLEAVED:
+            one, other = 2 * pair, 2 * pair + 1
+        else:
+            one, other = pair, pair + DIM // 2
+    else:
+        first, pairs = rotary
+        rest = 2 * (pair - pairs)
+        one = rest + tl.where(rest >= first, 2 * pairs, 0)
+        other = rest + 1 + tl.where(rest + 1 >= first, 2 * pairs, 0)
+        if INTERLEAVED:
+            one = tl.where(pair < pairs, first + 2 * pair, one)
+            other = tl.where(pair < pairs, first + 2 * pair + 1, other)
+        else:
+            one = tl.where(pair < pairs, first + pair, one)
+            other = tl.where(pair < pairs, first + pairs + pair, other)
+    return one, other
+
+
+@jit
+def angles(token: Value, steps: Value, rotary: Value, DIM: constexpr) -> Value:
+    """Cosine and sine of each pair of `pairs_of`, [tokens, DIM / 2]."""
+    pair = tl.arange(0, DIM // 2)
+    step = tl.load(steps + pair, mask=pair < rotary[1], other=0)
+    return circle(((token.to(tl.int64)[:, None] * step[None, :]) >> 32).to(tl.int32))
+
+
+@jit
+def load_pairs(places: Value, one: Value, other: Value, real: Value) -> Value:
+    """Heads at `places` [tokens], each in two halves; zeros where they are not `real`."""
+    low = tl.load(places[:, None] + one[None, :], mask=real[:, None], other=0.0)
+    return low, tl.load(places[:, None] + other[None, :], mask=real[:, None], other=0.0)
+
+
+@jit
 def outside(
     begin: Value, token: Value, real: Value, source: Value, strides: Value, columns: Value, PACKED: constexpr
 ) -> Value:
@@ -90,40 +131,42 @@ def outside(
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, PACKED: constexpr,
+    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
     """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks."""
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real, dims = token < length, tl.arange(0, DIM)
+    real = token < length
     columns, capacity, tokens, sinks = sizes
-    away = heads + outside(begin, token, real, source, strides, columns, PACKED)[:, None]
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
     place = (begin + token).to(tl.int64)
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
-        partner = partners(dims, rotary, INTERLEAVED)
-        cos, sin = tables(token, dims, steps, rotary, INTERLEAVED)
+        cos, sin = angles(token, steps, rotary, DIM)
         if TILE > 0:
-            sink_cos, sink_sin = tables(tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
+            sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0:
-            keys = load_firsts(first_keys, begin, kv_head, length, dims, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            own = tl.load(away + head * strides[1] + dims[None, :], mask=real[:, None], other=0.0)
-            query = own
+            low, high = load_pairs(away + head * strides[1], one, other, real)
             if TURNED:
-                other = tl.load(away + head * strides[1] + partner[None, :], mask=real[:, None], other=0.0)
-                own, other = own.to(tl.float32), other.to(tl.float32)
-                here = turned + (place * (HEADS * DIM))[:, None] + head * DIM + dims[None, :]
-                tl.store(here, (own * cos + other * sin).to(query.dtype), mask=real[:, None])
+                a, b = low.to(tl.float32), high.to(tl.float32)
+                here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
+                tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
+                tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
                 if TILE > 0:
-                    query = (own * sink_cos + other * sink_sin).to(query.dtype)
+                    low = (a * sink_cos - b * sink_sin).to(low.dtype)
+                    high = (b * sink_cos + a * sink_sin).to(low.dtype)
             if TILE > 0:
                 column = tl.arange(0, TILE)
                 noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
-                products = tl.dot(query, tl.trans(keys))
+                products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
                 tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
 
 
@@ -131,44 +174,44 @@ def _turn(
 def _turn_back(
     given: Value, heads: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, PACKED: constexpr,
+    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
     """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real, dims = token < length, tl.arange(0, DIM)
+    real = token < length
     columns, capacity, tokens, sinks = sizes
-    away = heads + outside(begin, token, real, source, strides, columns, PACKED)[:, None]
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
     place = (begin + token).to(tl.int64)
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
-        partner = partners(dims, rotary, INTERLEAVED)
-        # The inverse of a turn is its transpose: the partner's sine changes sides.
-        cos, sin = tables(-token, dims, steps, rotary, INTERLEAVED)
+        cos, sin = angles(token, steps, rotary, DIM)
         if TILE > 0:
-            sink_cos, sink_sin = tables(-tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
+            sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0:
-            keys = load_firsts(first_keys, begin, kv_head, length, dims, HEADS // GROUP, DIM, TILE)
-            if TURNED:
-                swapped = load_firsts(first_keys, begin, kv_head, length, partner, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            here = given + (place * (HEADS * DIM))[:, None] + head * DIM
-            made = tl.load(here + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-            if TURNED:
-                other = tl.load(here + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-                made = made * cos + other * sin
+            low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
+            low, high = low.to(tl.float32), high.to(tl.float32)
+            if TURNED:  # the inverse of a turn is its transpose
+                low, high = low * cos + high * sin, high * cos - low * sin
             if TILE > 0:
                 column = tl.arange(0, TILE)
                 noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
                 share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
-                due = tl.dot(share.to(keys.dtype), keys)
+                a, b = tl.dot(share.to(low_keys.dtype), low_keys), tl.dot(share.to(low_keys.dtype), high_keys)
                 if TURNED:
-                    due = due * sink_cos + tl.dot(share.to(keys.dtype), swapped) * sink_sin
-                made += due
-            tl.store(away + head * strides[1] + dims[None, :], made.to(heads.dtype.element_ty), mask=real[:, None])
+                    a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
+                low, high = low + a, high + b
+            here = (away + head * strides[1])[:, None]
+            tl.store(here + one[None, :], low.to(heads.dtype.element_ty), mask=real[:, None])
+            tl.store(here + other[None, :], high.to(heads.dtype.element_ty), mask=real[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,17 +270,31 @@ def turn_back(
     return heads
 
 
+def spell(rotary: Rotary | None, head_dim: int) -> dict[str, bool]:
+    """What a kernel that turns must know when it is compiled."""
+    return {
+        "TURNED": rotary is not None,
+        "INTERLEAVED": rotary is not None and rotary.interleaved,
+        "WHOLE": rotary is None or (rotary.first == 0 and rotary.width == head_dim),
+    }
+
+
+def numbers(rotary: Rotary | None, rows: Rows) -> tuple[Tensor, tuple[int, int]]:
+    """Its steps, and its first dimension and pairs; anything at all where nothing is turned."""
+    if rotary is None:
+        return rows.begins, (0, 0)
+    return rotary.steps.to(rows.begins.device), (rotary.first, rotary.width // 2)
+
+
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], heads: Tensor, rows: Rows, rotary: Rotary | None,
     sizes: tuple[int, int], kv_heads: int,
 ) -> None:  # fmt: skip
     source = rows.begins if rows.source is None else rows.source
-    steps = rows.begins if rotary is None else rotary.steps.to(heads.device)
-    sinks, capacity = sizes
+    (steps, pairs), (sinks, capacity) = numbers(rotary, rows), sizes
     kernel[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
         *tensors, rows.begins, source, steps, tuple(heads.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks),
-        (0, 0) if rotary is None else (rotary.first, rotary.width // 2),
-        HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
-        TILE=Band(sinks, 1, 1.0).tile, TURNED=rotary is not None,
-        INTERLEAVED=rotary is not None and rotary.interleaved, PACKED=rows.source is not None, num_warps=WARPS,
+        pairs, HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
+        TILE=Band(sinks, 1, 1.0).tile, PACKED=rows.source is not None, num_warps=WARPS,
+        **spell(rotary, heads.shape[3]),
     )  # fmt: skip
