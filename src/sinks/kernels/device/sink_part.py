@@ -224,9 +224,9 @@ def sink_gradients(
         done.raw, delta if done.scores is None else done.scores, done.value, done.out, given,
         (done.log_sums, delta, delta if slopes is None else slopes), delta if done.logits is None else done.logits,
         (sums[0], sums[1], logit_sums), rows.begins, rows.begins if rows.source is None else rows.source,
-        steps, tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns), pairs,
-        HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
-        LOGITS=done.logits is not None, AFTER=after, PACKED=rows.source is not None, num_warps=4,
+        steps, tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
+        pairs, HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE,
+        TILE=band.tile, LOGITS=done.logits is not None, AFTER=after, PACKED=rows.source is not None, num_warps=4,
         **spell(rotary, head_dim),
     )  # fmt: skip
     return SinkGradients(delta, slopes, sums, None if done.logits is None else logit_sums.sum(dim=(0, 2)))

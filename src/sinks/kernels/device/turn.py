@@ -26,6 +26,9 @@ from sinks.kernels.phase import Rotary
 TOKENS = 16
 """Tokens of one program, which turns all of their heads by one sine and cosine."""
 
+BY_HAND = 8
+"""Sinks up to which products are sums over a warp, and not matrix instructions, which want 16 and more registers."""
+
 WARPS = 4
 """Warps of such a program."""
 
@@ -116,6 +119,18 @@ def load_pairs(places: Value, one: Value, other: Value, real: Value) -> Value:
 
 
 @jit
+def load_sink(
+    heads: Value, begin: Value, head: Value, length: Value, column: Value, one: Value, other: Value, COUNT: constexpr,
+    DIM: constexpr,
+) -> Value:  # fmt: skip
+    """One of a row's first tokens, as two halves [1, DIM / 2] in float32; zeros past its end."""
+    places = heads + (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
+    low = tl.load(places + one, mask=(one >= 0) & (column < length), other=0.0)
+    high = tl.load(places + other, mask=(one >= 0) & (column < length), other=0.0)
+    return low.to(tl.float32)[None, :], high.to(tl.float32)[None, :]
+
+
+@jit
 def outside(
     begin: Value, token: Value, real: Value, source: Value, strides: Value, columns: Value, PACKED: constexpr
 ) -> Value:
@@ -131,7 +146,7 @@ def outside(
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
     PACKED: constexpr,
 ) -> None:  # fmt: skip
     """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks."""
@@ -149,7 +164,7 @@ def _turn(
         if TILE > 0:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
-        if TILE > 0:
+        if TILE > 0 and not FEW:
             low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
             high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
@@ -163,7 +178,12 @@ def _turn(
                 if TILE > 0:
                     low = (a * sink_cos - b * sink_sin).to(low.dtype)
                     high = (b * sink_cos + a * sink_sin).to(low.dtype)
-            if TILE > 0:
+            if FEW:
+                for column in tl.static_range(FEW):
+                    a, b = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
+                    product = tl.sum(low.to(tl.float32) * a + high.to(tl.float32) * b, 1)
+                    tl.store(scores + (place + head * tokens) * FEW + column, product, mask=real)
+            elif TILE > 0:
                 column = tl.arange(0, TILE)
                 noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
                 products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
@@ -174,7 +194,7 @@ def _turn(
 def _turn_back(
     given: Value, heads: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
     PACKED: constexpr,
 ) -> None:  # fmt: skip
     """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
@@ -192,7 +212,7 @@ def _turn_back(
         if TILE > 0:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
-        if TILE > 0:
+        if TILE > 0 and not FEW:
             low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
             high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
@@ -201,11 +221,18 @@ def _turn_back(
             low, high = low.to(tl.float32), high.to(tl.float32)
             if TURNED:  # the inverse of a turn is its transpose
                 low, high = low * cos + high * sin, high * cos - low * sin
-            if TILE > 0:
+            if FEW:
+                a, b = low * 0.0, high * 0.0
+                for column in tl.static_range(FEW):
+                    x, y = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
+                    share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)[:, None]
+                    a, b = a + share * x, b + share * y
+            elif TILE > 0:
                 column = tl.arange(0, TILE)
                 noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
                 share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
                 a, b = tl.dot(share.to(low_keys.dtype), low_keys), tl.dot(share.to(low_keys.dtype), high_keys)
+            if TILE > 0:
                 if TURNED:
                     a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
                 low, high = low + a, high + b
@@ -295,6 +322,6 @@ def _launch(
     kernel[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
         *tensors, rows.begins, source, steps, tuple(heads.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks),
         pairs, HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
-        TILE=Band(sinks, 1, 1.0).tile, PACKED=rows.source is not None, num_warps=WARPS,
-        **spell(rotary, heads.shape[3]),
+        TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None,
+        num_warps=WARPS, **spell(rotary, heads.shape[3]),
     )  # fmt: skip
