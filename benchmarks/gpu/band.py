@@ -162,15 +162,15 @@ def measure_parts(length: int, window: int, head_dim: int, rounds: int) -> dict[
     out, log_sums = flash.window_forward(turned.query, turned.key, value, rows, band)
     merge_sinks(turned.scores, value, None, (out, log_sums), rows, band)
     done = Finished(query, turned.query, turned.key, value, turned.scores, None, out, log_sums)
-    part = sink_gradients(done, given, rows, band, rotary, after=True)
+    part = sink_gradients(done, given, rows, band)
     back = flash.window_gradients(done, given, rows, band)
     steps: Calls = {
         "turn": lambda: turn(query, key, rows, rotary, band),
         "window": lambda: flash.window_forward(turned.query, turned.key, value, rows, band),
         "merge": lambda: merge_sinks(turned.scores, value, None, (out, log_sums), rows, band),
-        "sink gradient": lambda: sink_gradients(done, given, rows, band, rotary, after=True),
+        "sink gradient": lambda: sink_gradients(done, given, rows, band),
         "window gradient": lambda: flash.window_gradients(done, given, rows, band),
-        "settle": lambda: settle(part, back[1], back[2], rows, band, rotary),
+        "settle": lambda: settle(done, part, back[1], back[2], rows, band, rotary),
         "turn query back": lambda: turn_back(back[0], turned.key, part.slopes, rows, rotary, SINKS + window),
         "turn key back": lambda: turn_back(back[1], back[1], None, rows, rotary, SINKS + window),
     }

@@ -55,12 +55,12 @@ class _Attend(torch.autograd.Function):
         plan: Plan = ctx.plan
         rows, band, rotary = plan.rows, plan.band, plan.rotary
         done, gradient = Finished(*ctx.saved_tensors), given[0].contiguous()
-        part = sink_gradients(done, gradient, rows, band, rotary, after=plan.walker == "flash")
+        part = sink_gradients(done, gradient, rows, band)
         if plan.walker == "flash":
             query, key, value = flash.window_gradients(done, gradient, rows, band)
         else:
             query, key, value = backward.window_gradients(done, gradient, part.delta, rows, band)
-        settle(part, key, value, rows, band, rotary)
+        settle(done, part, key, value, rows, band, rotary)
         query = turn_back(query, done.key, part.slopes, rows, rotary, plan.capacity)
         key = turn_back(key, key, None, rows, rotary, plan.capacity)
         logits = None if part.logits is None or done.logits is None else part.logits.to(done.logits.dtype)

@@ -25,10 +25,10 @@ from sinks.kernels.phase import Rotary
 MERGED = 32
 """Queries of one program that merges."""
 
-QUERIES = 32
-"""Queries of a tile of the gradient."""
+QUERIES, WARPS, STAGES = 64, 4, 2
+"""Queries of a tile of the gradient, warps that share it, tiles loaded ahead."""
 
-STRIPE = 16
+STRIPE = 8
 """Tiles that one program of the gradient goes through before it writes its sums."""
 
 CHUNK = 32
@@ -106,33 +106,17 @@ def merge_sinks(
 
 
 @jit
-def _steady(
-    places: Value, token: Value, real: Value, steps: Value, rotary: Value, bounds: Value, DIM: constexpr,
-    TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
-) -> Value:  # fmt: skip
-    """Queries at `places` as the sinks see them, but for the one turn that a full cache gives all of them.
-
-    Only tokens from bounds[0] up to bounds[1] are turned by less than that.
-    """
-    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
-    low, high = load_pairs(places, one, other, real)
-    if TURNED:
-        if (tl.min(token, 0) < bounds[1]) & (tl.max(token, 0) >= bounds[0]):
-            cos, sin = angles(tl.minimum(token - bounds[1], 0), steps, rotary, DIM)
-            a, b = low.to(tl.float32), high.to(tl.float32)
-            low, high = (a * cos - b * sin).to(low.dtype), (b * cos + a * sin).to(low.dtype)
-    return low, high
-
-
-@jit
 def _sink_gradient(
     queries: Value, scores: Value, value_heads: Value, out: Value, given: Value, figures: Value, logits: Value,
-    sums: Value, begins: Value, source: Value, steps: Value, strides: Value, shape: Value, sizes: Value,
-    rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, STRIPE: constexpr,
-    TILE: constexpr, LOGITS: constexpr, AFTER: constexpr, TURNED: constexpr, INTERLEAVED: constexpr,
-    WHOLE: constexpr, PACKED: constexpr,
+    sums: Value, begins: Value, source: Value, strides: Value, shape: Value, sizes: Value, HEADS: constexpr,
+    GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, STRIPE: constexpr, TILE: constexpr, LOGITS: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """`figures`: log-sum-exp, and delta and slopes of scores, written here; `sums`: of keys, values and logits."""
+    """`figures`: log-sum-exp, and delta and slopes of scores, written here; `sums`: of keys, values and logits.
+
+    Keys' sums are of queries that are not turned and see a full cache, which are all but a few: `_settle` does the
+    rest.
+    """
     head, row = tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
@@ -140,42 +124,39 @@ def _sink_gradient(
     logit_sum = tl.zeros([QUERIES], tl.float32)
     dims = tl.arange(0, DIM)
     if TILE > 0:
-        column, steady = tl.arange(0, TILE), shape[0] + shape[1] - 1
+        column = tl.arange(0, TILE)
         values = load_firsts(value_heads, begin, head // GROUP, length, dims, HEADS // GROUP, DIM, TILE)
-        low_sum = tl.zeros([TILE, DIM // 2], tl.float32)
-        high_sum = tl.zeros([TILE, DIM // 2], tl.float32)
-        value_sum = tl.zeros([TILE, DIM], tl.float32)
+        key_sum = tl.zeros([DIM, TILE], tl.float32)  # the long side first: only that one suits a matrix instruction
+        value_sum = tl.zeros([DIM, TILE], tl.float32)
     for step in range(STRIPE):
         token = (tl.program_id(0) * STRIPE + step) * QUERIES + tl.arange(0, QUERIES)
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
         noted = head.to(tl.int64) * sizes[0] + begin + token
-        log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
         gradient = tl.load(given + place, mask=real[:, None], other=0.0)
         result = tl.load(out + place, mask=real[:, None], other=0.0)
+        if TILE > 0:
+            away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
+            query = tl.load(away[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+            found = sink_tile(scores, noted, token, real, shape, TILE, True)
+        log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
         delta = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
         tl.store(figures[1] + noted, delta, mask=real)
         if LOGITS:
             logit_sum -= tl.exp2(tl.load(logits + head).to(tl.float32) * 1.4426950408889634 - log_sum) * delta
         if TILE > 0:
-            found = sink_tile(scores, noted, token, real, shape, TILE, AFTER)
             weights = tl.exp2(found * shape[2] - log_sum[:, None])
-            value_sum = tl.dot(tl.trans(weights).to(gradient.dtype), gradient, value_sum)
+            value_sum = tl.dot(tl.trans(gradient), weights.to(gradient.dtype), value_sum)
             slopes = weights * (tl.dot(gradient, tl.trans(values)) - delta[:, None]) * shape[2] * 0.6931471805599453
             into = figures[2] + (noted * shape[0])[:, None] + column[None, :]
             tl.store(into, slopes, mask=real[:, None] & (column < shape[0])[None, :])
-            away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
-            bounds = (shape[1] if AFTER else 0, steady)
-            low, high = _steady(away, token, real, steps, rotary, bounds, DIM, TURNED, INTERLEAVED, WHOLE)
-            slopes = tl.trans(slopes).to(low.dtype)
-            low_sum, high_sum = tl.dot(slopes, low, low_sum), tl.dot(slopes, high, high_sum)
+            slopes = tl.where((token >= shape[0] + shape[1] - 1)[:, None], slopes, 0.0)
+            key_sum = tl.dot(tl.trans(query), slopes.to(query.dtype), key_sum)
     if LOGITS:
         tl.store(sums[2] + slot, tl.sum(logit_sum, 0))
     if TILE > 0:
-        places, wanted = (slot * TILE + column)[:, None] * DIM, (column < shape[0])[:, None]
-        one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
-        tl.store(sums[0] + places + one[None, :], low_sum, mask=wanted)
-        tl.store(sums[0] + places + other[None, :], high_sum, mask=wanted)
-        tl.store(sums[1] + places + dims[None, :], value_sum, mask=wanted)
+        places, wanted = (slot * TILE + column)[None, :] * DIM + dims[:, None], (column < shape[0])[None, :]
+        tl.store(sums[0] + places, key_sum, mask=wanted)
+        tl.store(sums[1] + places, value_sum, mask=wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +191,12 @@ class SinkGradients:
 
 
 def sink_gradients(
-    done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band, rotary: Rotary | None,
-    *, after: bool,
-) -> SinkGradients:  # fmt: skip
-    """The gradient through the sinks' columns; `after`: without those that the window covers as well."""
+    done: Finished, given: Float[Tensor, "tokens heads head_dim"], rows: Rows, band: Band
+) -> SinkGradients:
+    """The gradient through the sinks' columns, without those that the window covers as well."""
     tokens, heads, head_dim = done.out.shape
     stripes = triton.cdiv(rows.longest, QUERIES * STRIPE)
-    delta, (steps, pairs) = torch.empty_like(done.log_sums), numbers(rotary, rows)
+    delta = torch.empty_like(done.log_sums)
     slopes = None if done.scores is None else torch.empty_like(done.scores)
     sums = delta.new_empty(2, rows.batch, heads, stripes, band.tile, head_dim)
     logit_sums = delta.new_empty(rows.batch, heads, stripes)
@@ -224,23 +204,24 @@ def sink_gradients(
         done.raw, delta if done.scores is None else done.scores, done.value, done.out, given,
         (done.log_sums, delta, delta if slopes is None else slopes), delta if done.logits is None else done.logits,
         (sums[0], sums[1], logit_sums), rows.begins, rows.begins if rows.source is None else rows.source,
-        steps, tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
-        pairs, HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE,
-        TILE=band.tile, LOGITS=done.logits is not None, AFTER=after, PACKED=rows.source is not None, num_warps=4,
-        **spell(rotary, head_dim),
+        tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
+        HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
+        LOGITS=done.logits is not None, PACKED=rows.source is not None, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return SinkGradients(delta, slopes, sums, None if done.logits is None else logit_sums.sum(dim=(0, 2)))
 
 
 @jit
 def _settle(
-    sums: Value, key: Value, value: Value, begins: Value, steps: Value, rotary: Value, sizes: Value, KV: constexpr,
-    DIM: constexpr, TILE: constexpr, CHUNK: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+    sums: Value, queries: Value, slopes: Value, key: Value, value: Value, begins: Value, source: Value, steps: Value,
+    strides: Value, shape: Value, sizes: Value, rotary: Value, KV: constexpr, GROUP: constexpr, DIM: constexpr,
+    TILE: constexpr, CHUNK: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
     column, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
-    if begin + column < tl.load(begins + row + 1):
-        count, steady = sizes
+    length = tl.load(begins + row + 1) - begin
+    if column < length:
+        count, tokens, columns = sizes
         dims = tl.arange(0, DIM)
         one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
         low, high = tl.zeros([CHUNK, DIM // 2], tl.float32), tl.zeros([CHUNK, DIM // 2], tl.float32)
@@ -252,9 +233,24 @@ def _settle(
             low, high = low + a, high + b
             due += tl.load(sums[1] + places[:, None] + dims[None, :], mask=(part < count)[:, None], other=0.0)
         low, high = tl.sum(low, 0)[None, :], tl.sum(high, 0)[None, :]
+        # The queries between a sink's leaving the window and a full cache, each by an angle of its own.
+        steady = shape[0] + shape[1] - 1
+        token = shape[1] + tl.arange(0, TILE)
+        real = (token < length) & (token < steady)
+        away = queries + outside(begin, token, real, source, strides, columns, PACKED)
         if TURNED:
             cos, sin = angles(tl.full([1], steady, tl.int32), steps, rotary, DIM)
             low, high = low * cos - high * sin, high * cos + low * sin
+            cos, sin = angles(token, steps, rotary, DIM)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            a, b = load_pairs(away + head * strides[1], one, other, real)
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            if TURNED:
+                a, b = a * cos - b * sin, b * cos + a * sin
+            noted = (head.to(tl.int64) * tokens + begin + token) * shape[0] + column
+            slope = tl.load(slopes + noted, mask=real, other=0.0)[:, None]
+            low, high = low + tl.sum(slope * a, 0)[None, :], high + tl.sum(slope * b, 0)[None, :]
         place = (begin + column).to(tl.int64) * (KV * DIM) + kv_head * DIM
         _add(key + place + one[None, :], low)
         _add(key + place + other[None, :], high)
@@ -268,6 +264,7 @@ def _add(places: Value, made: Value) -> None:
 
 
 def settle(
+    done: Finished,
     part: SinkGradients,
     key: Float[Tensor, "tokens kv_heads head_dim"],
     value: Float[Tensor, "tokens kv_heads head_dim"],
@@ -276,12 +273,14 @@ def settle(
     rotary: Rotary | None,
 ) -> None:
     """Add what the sinks' columns owe to the gradients of turned keys and of values, in place."""
-    if not band.sinks:
+    if part.slopes is None:
         return
     _, batch, heads, stripes, tile, head_dim = part.sums.shape
     kv_heads, (steps, pairs) = key.shape[1], numbers(rotary, rows)
     _settle[(band.sinks, kv_heads, batch)](
-        (part.sums[0], part.sums[1]), key, value, rows.begins, steps, pairs,
-        (heads // kv_heads * stripes, band.sinks + band.window - 1),
-        KV=kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, num_warps=4, **spell(rotary, head_dim),
+        (part.sums[0], part.sums[1]), done.raw, part.slopes, key, value, rows.begins,
+        rows.begins if rows.source is None else rows.source, steps, tuple(done.raw.stride()[:3]),
+        (band.sinks, band.window), (heads // kv_heads * stripes, key.shape[0], rows.columns), pairs,
+        KV=kv_heads, GROUP=heads // kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, PACKED=rows.source is not None,
+        num_warps=4, **spell(rotary, head_dim),
     )  # fmt: skip
