@@ -38,11 +38,11 @@ CHUNK = 32
 @jit
 def _merge(
     scores: Value, value_heads: Value, out: Value, log_sums: Value, logits: Value, begins: Value, shape: Value,
-    tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, SINKS: constexpr,
-    LOGITS: constexpr,
+    tokens: Value, behind: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr,
+    SINKS: constexpr, LOGITS: constexpr,
 ) -> None:  # fmt: skip
     # The heads that the window's kernel wrote last are still in the cache: they come first.
-    head, row = HEADS - 1 - tl.program_id(1), tl.program_id(2)
+    head, row = behind - 1 - tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
     first = tl.program_id(0) * QUERIES
@@ -91,15 +91,20 @@ def merge_sinks(
     window: tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"]],
     rows: Rows,
     band: Band,
+    some: range | None = None,
 ) -> None:
-    """Take sinks and sink logits into `window`, the result and log-sum-exp of the window alone, in place."""
+    """Take sinks and sink logits into `window`, the result and log-sum-exp of the window alone, in place.
+
+    `some`: of these heads only.
+    """
     if not band.sinks and logits is None:
         return
     out, log_sums = window
     tokens, heads, head_dim = out.shape
-    _merge[(triton.cdiv(rows.longest, MERGED), heads, rows.batch)](
+    some = range(heads) if some is None else some
+    _merge[(triton.cdiv(rows.longest, MERGED), len(some), rows.batch)](
         log_sums if scores is None else scores, value, out, log_sums, log_sums if logits is None else logits,
-        rows.begins, (band.window, band.scale * LOG2E), tokens,
+        rows.begins, (band.window, band.scale * LOG2E), tokens, some.stop,
         HEADS=heads, GROUP=heads // value.shape[1], DIM=head_dim, QUERIES=MERGED, SINKS=band.sinks,
         LOGITS=logits is not None, num_warps=4,
     )  # fmt: skip
