@@ -161,6 +161,7 @@ def _turn(
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
+        sink_cos, sink_sin = cos, sin
         if TILE > 0:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
@@ -209,6 +210,7 @@ def _turn_back(
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
+        sink_cos, sink_sin = cos, sin
         if TILE > 0:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
@@ -221,18 +223,19 @@ def _turn_back(
             low, high = low.to(tl.float32), high.to(tl.float32)
             if TURNED:  # the inverse of a turn is its transpose
                 low, high = low * cos + high * sin, high * cos - low * sin
-            if FEW:
-                a, b = low * 0.0, high * 0.0
-                for column in tl.static_range(FEW):
-                    x, y = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
-                    share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)[:, None]
-                    a, b = a + share * x, b + share * y
-            elif TILE > 0:
-                column = tl.arange(0, TILE)
-                noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
-                share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
-                a, b = tl.dot(share.to(low_keys.dtype), low_keys), tl.dot(share.to(low_keys.dtype), high_keys)
             if TILE > 0:
+                a, b = tl.zeros_like(low), tl.zeros_like(high)
+                if FEW:
+                    for column in tl.static_range(FEW):
+                        x, y = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
+                        share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)
+                        a, b = a + share[:, None] * x, b + share[:, None] * y
+                else:
+                    column = tl.arange(0, TILE)
+                    noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+                    share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
+                    share = share.to(low_keys.dtype)
+                    a, b = tl.dot(share, low_keys), tl.dot(share, high_keys)
                 if TURNED:
                     a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
                 low, high = low + a, high + b
