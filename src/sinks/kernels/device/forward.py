@@ -117,8 +117,8 @@ def _forward(
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
         noted, mass = head.to(tl.int64) * sizes[0] + begin + token, zeros
         if TILE > 0:
-            dims, column = tl.arange(0, DIM), tl.arange(0, TILE)
-            values = load_firsts(sink_values, begin, kv_head, length, dims, HEADS // GROUP, DIM, TILE)
+            column = tl.arange(0, TILE)
+            values = load_firsts(sink_values, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
             scores = sink_tile(sink_scores, noted, token, real, shape, TILE, False)
             state = take_in(state, scores, values, shape[2], True, STATISTICS)
         gathered, total, largest, weighed = state

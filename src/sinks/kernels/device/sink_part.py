@@ -142,7 +142,7 @@ def _slopes(
             tl.store(figures[2] + noted * FEW + column, weight * rise * natural, mask=real)
     elif TILE > 0:
         column = tl.arange(0, TILE)
-        values = load_firsts(value_heads, begin, head // GROUP, length, dims, HEADS // GROUP, DIM, TILE)
+        values = load_firsts(value_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
         rise = tl.dot(gradient, tl.trans(values)) - delta[:, None]
         found = sink_tile(scores, noted, token, real, (shape[2], shape[0], shape[1]), TILE, True)
         slopes = tl.exp2(found * shape[1] - log_sum[:, None]) * rise * natural

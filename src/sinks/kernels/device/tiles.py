@@ -62,10 +62,18 @@ def sink_tile(
 
 @jit
 def load_firsts(
+    heads: Value, begin: Value, head: Value, length: Value, COUNT: constexpr, DIM: constexpr, TILE: constexpr,
+) -> Value:  # fmt: skip
+    """The first TILE tokens [TILE, DIM] of one head of `heads` [tokens, COUNT, DIM], zeros past the row's end."""
+    return load_firsts_at(heads, begin, head, length, tl.arange(0, DIM), COUNT, DIM, TILE)
+
+
+@jit
+def load_firsts_at(
     heads: Value, begin: Value, head: Value, length: Value, dims: Value, COUNT: constexpr, DIM: constexpr,
     TILE: constexpr,
 ) -> Value:  # fmt: skip
-    """The first TILE tokens [TILE, dims] of one head of `heads` [tokens, COUNT, DIM], zeros past the row's end."""
+    """`load_firsts` of some dimensions only."""
     column = tl.arange(0, TILE)
     places = (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
     return tl.load(heads + places[:, None] + dims[None, :], mask=(column < length)[:, None], other=0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.tiles import load_firsts
+from sinks.kernels.device.tiles import load_firsts_at
 from sinks.kernels.phase import Rotary
 
 TOKENS = 16
@@ -166,8 +166,8 @@ def _turn(
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
-            low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts_at(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             low, high = load_pairs(away + head * strides[1], one, other, real)
@@ -215,8 +215,8 @@ def _turn_back(
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
-            low_keys = load_firsts(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts_at(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
