@@ -65,7 +65,7 @@ def clock(calls: Calls, rounds: int) -> dict[str, float]:
     for number in range(rounds + 3):
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead
+            torch.cuda._sleep(20_000_000)  # about ten milliseconds, in which the host gets ahead
             start.record()
             call()
             end.record()
@@ -134,8 +134,8 @@ def measure(length: int, window: int, head_dim: int, rounds: int) -> list[dict[s
     ahead["turning"] = lambda: turn(heads[0], heads[1], rows, rotary, band)
     whole["turning"] = lambda: (
         turn(heads[0], heads[1], rows, rotary, band),
-        turn_back(turned.query, turned.key, None, rows, rotary, window),
-        turn_back(turned.key, turned.key, None, rows, rotary, window),
+        turn_back(turned.query, (turned.key, None), None, rows, rotary, window),
+        turn_back(turned.key, (turned.key, None), None, rows, rotary, window),
     )
     with torch.no_grad():
         forward_ms = clock(ahead, rounds)
@@ -171,8 +171,10 @@ def measure_parts(length: int, window: int, head_dim: int, rounds: int) -> dict[
         "sink gradient": lambda: sink_gradients(done, given, rows, band),
         "window gradient": lambda: flash.window_gradients(done, given, rows, band),
         "settle": lambda: settle(done, part, back[1], back[2], rows, band, rotary),
-        "turn query back": lambda: turn_back(back[0], turned.key, part.slopes, rows, rotary, SINKS + window),
-        "turn key back": lambda: turn_back(back[1], back[1], None, rows, rotary, SINKS + window),
+        "turn query back": lambda: turn_back(
+            back[0], (turned.key, turned.sinks), part.slopes, rows, rotary, SINKS + window
+        ),
+        "turn key back": lambda: turn_back(back[1], (back[1], None), None, rows, rotary, SINKS + window),
     }
     found = {name: round(taken, 4) for name, taken in clock(steps, rounds).items()}
     return {"tokens": length, "window": window, "head_dim": head_dim, "way": "parts", "ms": found}

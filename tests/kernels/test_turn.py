@@ -69,7 +69,7 @@ def test_turning_back_is_the_transpose_of_turning(width: int, interleaved: bool,
     assert there.scores is not None
     given = torch.randn(there.query.shape, generator=made).to(DEVICE)
     slopes = torch.randn(there.scores.shape, generator=made).to(DEVICE)
-    back = turn_back(given.half(), there.key, slopes, rows, rotary, band.sinks + band.window)
+    back = turn_back(given.half(), (there.key, there.sinks), slopes, rows, rotary, band.sinks + band.window)
     one = (there.query.double() * given).sum() + (there.scores.double() * slopes).sum()
     other = (back.double() * query).sum()
     # 2 x 4 x 40 x 64 products of size 1 to 4, each off by a few 2^-11, with random signs.

@@ -46,7 +46,9 @@ class _Attend(torch.autograd.Function):
         else:
             out, figures = forward(turned.query, turned.key, value, turned.scores, logits, rows, band)
             log_sums = figures[0]
-        ctx.save_for_backward(query, turned.query, turned.key, value, turned.scores, logits, out, log_sums)
+        ctx.save_for_backward(
+            turned.sinks, query, turned.query, turned.key, value, turned.scores, logits, out, log_sums
+        )
         ctx.plan = plan
         return out
 
@@ -54,15 +56,16 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         rows, band, rotary = plan.rows, plan.band, plan.rotary
-        done, gradient = Finished(*ctx.saved_tensors), given[0].contiguous()
+        sinks, *saved = ctx.saved_tensors
+        done, gradient = Finished(*saved), given[0].contiguous()
         part = sink_gradients(done, gradient, rows, band)
         if plan.walker == "flash":
             query, key, value = flash.window_gradients(done, gradient, rows, band)
         else:
             query, key, value = backward.window_gradients(done, gradient, part.delta, rows, band)
         settle(done, part, key, value, rows, band, rotary)
-        query = turn_back(query, done.key, part.slopes, rows, rotary, plan.capacity)
-        key = turn_back(key, key, None, rows, rotary, plan.capacity)
+        query = turn_back(query, (done.key, sinks), part.slopes, rows, rotary, plan.capacity)
+        key = turn_back(key, (key, None), None, rows, rotary, plan.capacity)
         logits = None if part.logits is None or done.logits is None else part.logits.to(done.logits.dtype)
         return query, key, value, logits, None
 

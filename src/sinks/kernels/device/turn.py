@@ -146,28 +146,33 @@ def outside(
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
-    PACKED: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
+    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks."""
+    """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks.
+
+    FULL: the cache is full for all of these tokens, and `first_keys` are turned instead of the queries.
+    """
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    columns, capacity, tokens, sinks, start = sizes
+    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
     real = token < length
-    columns, capacity, tokens, sinks = sizes
     away = heads + outside(begin, token, real, source, strides, columns, PACKED)
     place = (begin + token).to(tl.int64)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
         sink_cos, sink_sin = cos, sin
-        if TILE > 0:
+        if TILE > 0 and not FULL:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
+    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
+    firsts, there = (row * sinks, sinks) if FULL else (begin, length)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
-            low_keys = load_firsts_at(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts_at(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             low, high = load_pairs(away + head * strides[1], one, other, real)
@@ -176,12 +181,12 @@ def _turn(
                 here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
                 tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
                 tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
-                if TILE > 0:
+                if TILE > 0 and not FULL:
                     low = (a * sink_cos - b * sink_sin).to(low.dtype)
                     high = (b * sink_cos + a * sink_sin).to(low.dtype)
             if FEW:
                 for column in tl.static_range(FEW):
-                    a, b = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
+                    a, b = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
                     product = tl.sum(low.to(tl.float32) * a + high.to(tl.float32) * b, 1)
                     tl.store(scores + (place + head * tokens) * FEW + column, product, mask=real)
             elif TILE > 0:
@@ -193,30 +198,32 @@ def _turn(
 
 @jit
 def _turn_back(
-    given: Value, heads: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
+    heads: Value, given: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
-    PACKED: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
+    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
+    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]; FULL as above."""
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    columns, capacity, tokens, sinks, start = sizes
+    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
     real = token < length
-    columns, capacity, tokens, sinks = sizes
     away = heads + outside(begin, token, real, source, strides, columns, PACKED)
     place = (begin + token).to(tl.int64)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
         sink_cos, sink_sin = cos, sin
-        if TILE > 0:
+        if TILE > 0 and not FULL:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
+    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
+    firsts, there = (row * sinks, sinks) if FULL else (begin, length)
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
-            low_keys = load_firsts_at(first_keys, begin, kv_head, length, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts_at(first_keys, begin, kv_head, length, other, HEADS // GROUP, DIM, TILE)
+            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
@@ -227,7 +234,7 @@ def _turn_back(
                 a, b = tl.zeros_like(low), tl.zeros_like(high)
                 if FEW:
                     for column in tl.static_range(FEW):
-                        x, y = load_sink(first_keys, begin, kv_head, length, column, one, other, HEADS // GROUP, DIM)
+                        x, y = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
                         share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)
                         a, b = a + share[:, None] * x, b + share[:, None] * y
                 else:
@@ -236,7 +243,7 @@ def _turn_back(
                     share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
                     share = share.to(low_keys.dtype)
                     a, b = tl.dot(share, low_keys), tl.dot(share, high_keys)
-                if TURNED:
+                if TURNED and not FULL:
                     a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
                 low, high = low + a, high + b
             here = (away + head * strides[1])[:, None]
@@ -244,16 +251,39 @@ def _turn_back(
             tl.store(here + other[None, :], high.to(heads.dtype.element_ty), mask=real[:, None])
 
 
+@jit
+def _turn_sinks(
+    keys: Value, made: Value, begins: Value, steps: Value, shape: Value, rotary: Value, KV: constexpr, DIM: constexpr,
+    TILE: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+) -> None:  # fmt: skip
+    """Turned sinks of each row, turned back by the one angle that a full cache gives all of its queries."""
+    kv_head, row = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(begins + row)
+    length = tl.load(begins + row + 1) - begin
+    column, (sinks, capacity) = tl.arange(0, TILE), shape
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+    low = load_firsts_at(keys, begin, kv_head, length, one, KV, DIM, TILE)
+    high = load_firsts_at(keys, begin, kv_head, length, other, KV, DIM, TILE)
+    cos, sin = angles(tl.full([1], capacity - 1, tl.int32), steps, rotary, DIM)
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    here = made + (((row * sinks + column) * KV + kv_head) * DIM)[:, None]
+    real = (column < sinks)[:, None]
+    tl.store(here + one[None, :], (a * cos + b * sin).to(low.dtype), mask=real)
+    tl.store(here + other[None, :], (b * cos - a * sin).to(low.dtype), mask=real)
+
+
 @dataclass(frozen=True, eq=False)
 class Turned:
     """Packed heads as a kernel that walks the window wants them, and what the queries make of the sinks.
 
-    `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither scaled nor
-    hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
+    `sinks` are the first keys of each row, turned back by the angle of a query that sees a full cache (None: nothing is
+    turned). `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither
+    scaled nor hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
     """
 
     query: Float[Tensor, "tokens heads head_dim"]
     key: Float[Tensor, "tokens kv_heads head_dim"]
+    sinks: Float[Tensor, "rows_sinks kv_heads head_dim"] | None
     scores: Float[Tensor, "heads tokens sinks"] | None
 
 
@@ -265,38 +295,52 @@ def turn(
     band: Band,
 ) -> Turned:
     """Pack query and key, turned by their positions; the last axis of both has stride 1."""
-    turned_key, turned_query = (_make(heads, rows, rotary) for heads in (key, query))
+    packed, packed_query = (_make(heads, rows, rotary) for heads in (key, query))
+    capacity, sinks, scores = band.sinks + band.window, None, None
     if rotary is not None:
-        _launch(_turn, (key, turned_key, turned_key, turned_key), key, rows, rotary, (0, 0), key.shape[1])
-    scores = None
+        _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
+        sinks = _sinks_of(packed, rows, rotary, band) if band.sinks else None
     if band.sinks:
         scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
     if rotary is not None or scores is not None:
-        tensors = (query, turned_query, turned_key, turned_query if scores is None else scores)
-        _launch(_turn, tensors, query, rows, rotary, (band.sinks, band.sinks + band.window), key.shape[1])
-    return Turned(turned_query, turned_key, scores)
+        beside = (packed, packed_query if scores is None else scores)
+        _launch(_turn, (query, packed_query), beside, rows, rotary, (band.sinks, capacity), sinks)
+    return Turned(packed_query, packed, sinks, scores)
 
 
 def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
     return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
 
 
+def _sinks_of(key: Tensor, rows: Rows, rotary: Rotary, band: Band) -> Tensor:
+    made, (steps, pairs) = key.new_empty(rows.batch * band.sinks, *key.shape[1:]), numbers(rotary, rows)
+    spelled = {name: known for name, known in spell(rotary, key.shape[2]).items() if name != "TURNED"}
+    _turn_sinks[(key.shape[1], rows.batch)](
+        key, made, rows.begins, steps, (band.sinks, band.sinks + band.window), pairs,
+        KV=key.shape[1], DIM=key.shape[2], TILE=band.tile, num_warps=4, **spelled,
+    )  # fmt: skip
+    return made
+
+
 def turn_back(
     given: Float[Tensor, "tokens heads head_dim"],
-    first_keys: Float[Tensor, "tokens kv_heads head_dim"],
+    first_keys: tuple[Float[Tensor, "tokens kv_heads head_dim"], Float[Tensor, "rows_sinks kv_heads head_dim"] | None],
     slopes: Float[Tensor, "heads tokens sinks"] | None,
     rows: Rows,
     rotary: Rotary | None,
     capacity: int,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """The gradient of heads from that of their turned ones and, for queries, of their scores against the sinks."""
+    """The gradient of heads from that of their turned ones and, for queries, of their scores against the sinks.
+
+    `first_keys` are `Turned.key` and `Turned.sinks`.
+    """
     if rotary is None and slopes is None:
         return rows.unpack(given)
     make = given.new_empty if rows.source is None else given.new_zeros
     heads = make(rows.batch, rows.columns, *given.shape[1:]).transpose(1, 2)
-    tensors = (given, heads, first_keys, given if slopes is None else slopes)
-    sinks = 0 if slopes is None else slopes.shape[2]
-    _launch(_turn_back, tensors, heads, rows, rotary, (sinks, capacity), first_keys.shape[1])
+    sizes = (0 if slopes is None else slopes.shape[2], capacity)
+    beside = (first_keys[0], given if slopes is None else slopes)
+    _launch(_turn_back, (heads, given), beside, rows, rotary, sizes, first_keys[1])
     return heads
 
 
@@ -317,14 +361,20 @@ def numbers(rotary: Rotary | None, rows: Rows) -> tuple[Tensor, tuple[int, int]]
 
 
 def _launch(
-    kernel: Any, tensors: tuple[Tensor, ...], heads: Tensor, rows: Rows, rotary: Rotary | None,
-    sizes: tuple[int, int], kv_heads: int,
+    kernel: Any, pair: tuple[Tensor, Tensor], beside: tuple[Tensor, Tensor], rows: Rows, rotary: Rotary | None,
+    sizes: tuple[int, int], full: Tensor | None = None,
 ) -> None:  # fmt: skip
-    source = rows.begins if rows.source is None else rows.source
-    (steps, pairs), (sinks, capacity) = numbers(rotary, rows), sizes
-    kernel[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
-        *tensors, rows.begins, source, steps, tuple(heads.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks),
-        pairs, HEADS=heads.shape[1], GROUP=heads.shape[1] // kv_heads, DIM=heads.shape[3], TOKENS=TOKENS,
-        TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None,
-        num_warps=WARPS, **spell(rotary, heads.shape[3]),
-    )  # fmt: skip
+    """`pair`: heads in the batch and packed; `beside`: first keys and scores. `full`: first keys for a full cache."""
+    heads, (sinks, capacity), blocks = pair[0], sizes, triton.cdiv(rows.longest, TOKENS)
+    source, (steps, numbered) = rows.begins if rows.source is None else rows.source, numbers(rotary, rows)
+    filled = blocks if full is None else min(triton.cdiv(capacity - 1, TOKENS), blocks)
+    for start, stop, keys in ((0, filled, beside[0]), (filled, blocks, full)):
+        if start == stop or keys is None:
+            continue
+        kernel[(stop - start, rows.batch)](
+            *pair, keys, beside[1], rows.begins, source, steps, tuple(heads.stride()[:3]),
+            (rows.columns, capacity, rows.tokens, sinks, start), numbered,
+            HEADS=heads.shape[1], GROUP=heads.shape[1] // beside[0].shape[1], DIM=heads.shape[3], TOKENS=TOKENS,
+            TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, FULL=start > 0,
+            PACKED=rows.source is not None, num_warps=WARPS, **spell(rotary, heads.shape[3]),
+        )  # fmt: skip
