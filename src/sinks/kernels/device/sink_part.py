@@ -19,17 +19,20 @@ from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.tiles import load_firsts, place_of, sink_tile
-from sinks.kernels.device.turn import BY_HAND, angles, load_pairs, numbers, outside, pairs_of, spell
+from sinks.kernels.device.turn import angles, load_pairs, numbers, outside, pairs_of, spell
 from sinks.kernels.phase import Rotary
 
 MERGED = 32
-"""Queries of one program that merges, forward, or finds slopes, backward."""
+"""Queries of one program that merges."""
 
-QUERIES, WARPS, STAGES = 64, 4, 3
-"""Queries of a tile of what is owed, warps that share it, tiles loaded ahead."""
+QUERIES, WARPS, STAGES, REGISTERS = 32, 4, 2, 128
+"""Queries of a tile of the gradient, warps that share it, tiles loaded ahead, registers of a thread.
 
-STRIPE = 8
-"""Tiles that one program goes through before it writes its sums."""
+Bound by memory: with half the registers that the compiler would take, twice the programs load at a time.
+"""
+
+STRIPE = 16
+"""Tiles that one program of the gradient goes through before it writes its sums."""
 
 CHUNK = 32
 """Sums that are added at a time."""
@@ -111,79 +114,57 @@ def merge_sinks(
 
 
 @jit
-def _slopes(
-    scores: Value, value_heads: Value, out: Value, given: Value, figures: Value, logits: Value, logit_sums: Value,
-    begins: Value, shape: Value, tokens: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    QUERIES: constexpr, TILE: constexpr, FEW: constexpr, LOGITS: constexpr,
+def _sink_gradient(
+    queries: Value, scores: Value, value_heads: Value, out: Value, given: Value, figures: Value, logits: Value,
+    sums: Value, begins: Value, source: Value, strides: Value, shape: Value, sizes: Value, HEADS: constexpr,
+    GROUP: constexpr, DIM: constexpr, QUERIES: constexpr, STRIPE: constexpr, TILE: constexpr, LOGITS: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """`figures`: log-sum-exp, and delta and slopes of scores, written here."""
-    head, row = tl.program_id(1), tl.program_id(2)
-    begin = tl.load(begins + row)
-    length = tl.load(begins + row + 1) - begin
-    token, dims = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, DIM)
-    place, real = place_of(begin, token, head, HEADS, DIM), token < length
-    noted = head.to(tl.int64) * tokens + begin + token
-    gradient = tl.load(given + place, mask=real[:, None], other=0.0)
-    wide = gradient.to(tl.float32)
-    delta = tl.sum(wide * tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32), 1)
-    log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
-    tl.store(figures[1] + noted, delta, mask=real)
-    if LOGITS:
-        weight = tl.exp2(tl.load(logits + head).to(tl.float32) * 1.4426950408889634 - log_sum)
-        slot = (row * HEADS + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(logit_sums + slot, -tl.sum(weight * delta, 0))
-    natural = shape[1] * 0.6931471805599453
-    if FEW:
-        for column in tl.static_range(FEW):
-            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
-            value = tl.load(value_heads + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
-            rise = tl.sum(wide * value.to(tl.float32)[None, :], 1) - delta
-            weight = tl.exp2(_score(scores, noted, token, real, column, shape, FEW) - log_sum)
-            tl.store(figures[2] + noted * FEW + column, weight * rise * natural, mask=real)
-    elif TILE > 0:
-        column = tl.arange(0, TILE)
-        values = load_firsts(value_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-        rise = tl.dot(gradient, tl.trans(values)) - delta[:, None]
-        found = sink_tile(scores, noted, token, real, (shape[2], shape[0], shape[1]), TILE, True)
-        slopes = tl.exp2(found * shape[1] - log_sum[:, None]) * rise * natural
-        into = figures[2] + (noted * shape[2])[:, None] + column[None, :]
-        tl.store(into, slopes, mask=real[:, None] & (column < shape[2])[None, :])
+    """`figures`: log-sum-exp, and delta and slopes of scores, written here; `sums`: of keys, values and logits.
 
-
-@jit
-def _owed(
-    queries: Value, scores: Value, given: Value, figures: Value, sums: Value, begins: Value, source: Value,
-    strides: Value, shape: Value, sizes: Value, HEADS: constexpr, DIM: constexpr, QUERIES: constexpr,
-    STRIPE: constexpr, TILE: constexpr, PACKED: constexpr,
-) -> None:  # fmt: skip
-    """A stripe's part of what queries owe to the sinks' keys and values.
-
-    To keys, only those that see a full cache, not turned, since it turns all of them alike: `_settle` does the rest.
+    Keys' sums are of queries that are not turned and see a full cache, which are all but a few: `_settle` does the
+    rest.
     """
     head, row = tl.program_id(1), tl.program_id(2)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    dims, column = tl.arange(0, DIM), tl.arange(0, TILE)
-    # The long side first: only that one suits a matrix instruction.
-    key_sum, value_sum = tl.zeros([DIM, TILE], tl.float32), tl.zeros([DIM, TILE], tl.float32)
+    slot = (row * HEADS + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    logit_sum = tl.zeros([QUERIES], tl.float32)
+    dims = tl.arange(0, DIM)
+    if TILE > 0:
+        column = tl.arange(0, TILE)
+        values = load_firsts(value_heads, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
+        key_sum = tl.zeros([DIM, TILE], tl.float32)  # the long side first: only that one suits a matrix instruction
+        value_sum = tl.zeros([DIM, TILE], tl.float32)
     for step in range(STRIPE):
         token = (tl.program_id(0) * STRIPE + step) * QUERIES + tl.arange(0, QUERIES)
-        real = token < length
-        gradient = tl.load(given + place_of(begin, token, head, HEADS, DIM), mask=real[:, None], other=0.0)
-        away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
-        query = tl.load(away[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+        place, real = place_of(begin, token, head, HEADS, DIM), token < length
         noted = head.to(tl.int64) * sizes[0] + begin + token
+        gradient = tl.load(given + place, mask=real[:, None], other=0.0)
+        result = tl.load(out + place, mask=real[:, None], other=0.0)
+        if TILE > 0:
+            away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
+            query = tl.load(away[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+            found = sink_tile(scores, noted, token, real, shape, TILE, True)
         log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
-        found = sink_tile(scores, noted, token, real, shape, TILE, True)
-        weights = tl.exp2(found * shape[2] - log_sum[:, None])
-        value_sum = tl.dot(tl.trans(gradient), weights.to(gradient.dtype), value_sum)
-        full = (real & (token >= shape[0] + shape[1] - 1))[:, None] & (column < shape[0])[None, :]
-        slopes = tl.load(figures[1] + (noted * shape[0])[:, None] + column[None, :], mask=full, other=0.0)
-        key_sum = tl.dot(tl.trans(query), slopes.to(query.dtype), key_sum)
-    slot = (row * HEADS + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    places, wanted = (slot * TILE + column)[None, :] * DIM + dims[:, None], (column < shape[0])[None, :]
-    tl.store(sums[0] + places, key_sum, mask=wanted)
-    tl.store(sums[1] + places, value_sum, mask=wanted)
+        delta = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+        tl.store(figures[1] + noted, delta, mask=real)
+        if LOGITS:
+            logit_sum -= tl.exp2(tl.load(logits + head).to(tl.float32) * 1.4426950408889634 - log_sum) * delta
+        if TILE > 0:
+            weights = tl.exp2(found * shape[2] - log_sum[:, None])
+            value_sum = tl.dot(tl.trans(gradient), weights.to(gradient.dtype), value_sum)
+            slopes = weights * (tl.dot(gradient, tl.trans(values)) - delta[:, None]) * shape[2] * 0.6931471805599453
+            into = figures[2] + (noted * shape[0])[:, None] + column[None, :]
+            tl.store(into, slopes, mask=real[:, None] & (column < shape[0])[None, :])
+            slopes = tl.where((token >= shape[0] + shape[1] - 1)[:, None], slopes, 0.0)
+            key_sum = tl.dot(tl.trans(query), slopes.to(query.dtype), key_sum)
+    if LOGITS:
+        tl.store(sums[2] + slot, tl.sum(logit_sum, 0))
+    if TILE > 0:
+        places, wanted = (slot * TILE + column)[None, :] * DIM + dims[:, None], (column < shape[0])[None, :]
+        tl.store(sums[0] + places, key_sum, mask=wanted)
+        tl.store(sums[1] + places, value_sum, mask=wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,26 +203,20 @@ def sink_gradients(
 ) -> SinkGradients:
     """The gradient through the sinks' columns, without those that the window covers as well."""
     tokens, heads, head_dim = done.out.shape
-    group, blocks = heads // done.key.shape[1], triton.cdiv(rows.longest, MERGED)
-    delta, logit_sums = torch.empty_like(done.log_sums), done.log_sums.new_empty(rows.batch, heads, blocks)
+    stripes = triton.cdiv(rows.longest, QUERIES * STRIPE)
+    delta = torch.empty_like(done.log_sums)
     slopes = None if done.scores is None else torch.empty_like(done.scores)
-    stripes = triton.cdiv(rows.longest, QUERIES * STRIPE) if band.sinks else 0
     sums = delta.new_empty(2, rows.batch, heads, stripes, band.tile, head_dim)
-    _slopes[(blocks, heads, rows.batch)](
-        delta if done.scores is None else done.scores, done.value, done.out, given,
+    logit_sums = delta.new_empty(rows.batch, heads, stripes)
+    _sink_gradient[(stripes, heads, rows.batch)](
+        done.raw, delta if done.scores is None else done.scores, done.value, done.out, given,
         (done.log_sums, delta, delta if slopes is None else slopes), delta if done.logits is None else done.logits,
-        logit_sums, rows.begins, (band.window, band.scale * LOG2E, band.sinks), tokens,
-        HEADS=heads, GROUP=group, DIM=head_dim, QUERIES=MERGED, TILE=band.tile,
-        FEW=band.sinks if band.sinks <= BY_HAND else 0, LOGITS=done.logits is not None, num_warps=4,
+        (sums[0], sums[1], logit_sums), rows.begins, rows.begins if rows.source is None else rows.source,
+        tuple(done.raw.stride()[:3]), (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns),
+        HEADS=heads, GROUP=heads // done.key.shape[1], DIM=head_dim, QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile,
+        LOGITS=done.logits is not None, PACKED=rows.source is not None, num_warps=WARPS, num_stages=STAGES,
+        maxnreg=REGISTERS if band.tile <= 16 else None,  # a larger tile would spill
     )  # fmt: skip
-    if slopes is not None:
-        _owed[(stripes, heads, rows.batch)](
-            done.raw, done.scores, given, (done.log_sums, slopes), (sums[0], sums[1]), rows.begins,
-            rows.begins if rows.source is None else rows.source, tuple(done.raw.stride()[:3]),
-            (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns), HEADS=heads, DIM=head_dim,
-            QUERIES=QUERIES, STRIPE=STRIPE, TILE=band.tile, PACKED=rows.source is not None, num_warps=WARPS,
-            num_stages=STAGES,
-        )  # fmt: skip
     return SinkGradients(delta, slopes, sums, None if done.logits is None else logit_sums.sum(dim=(0, 2)))
 
 

@@ -143,6 +143,20 @@ def outside(
 
 
 @jit
+def _stand(
+    heads: Value, begins: Value, source: Value, strides: Value, sizes: Value, TOKENS: constexpr, PACKED: constexpr
+) -> Value:
+    """Where its row begins and how long it is, a program's tokens, and where they stand, in the batch and packed."""
+    row = tl.program_id(1)
+    begin = tl.load(begins + row)
+    length = tl.load(begins + row + 1) - begin
+    columns, _, _, _, start = sizes
+    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
+    away = heads + outside(begin, token, token < length, source, strides, columns, PACKED)
+    return (begin, length), token, away, (begin + token).to(tl.int64)
+
+
+@jit
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
@@ -153,14 +167,10 @@ def _turn(
 
     FULL: the cache is full for all of these tokens, and `first_keys` are turned instead of the queries.
     """
-    row = tl.program_id(1)
-    begin = tl.load(begins + row)
-    length = tl.load(begins + row + 1) - begin
-    columns, capacity, tokens, sinks, start = sizes
-    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
+    _, capacity, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
     real = token < length
-    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
-    place = (begin + token).to(tl.int64)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
@@ -168,7 +178,9 @@ def _turn(
         if TILE > 0 and not FULL:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
-    firsts, there = (row * sinks, sinks) if FULL else (begin, length)
+    firsts, there = begin, length
+    if FULL:
+        firsts, there = tl.program_id(1) * sinks, sinks
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
             low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
@@ -203,15 +215,11 @@ def _turn_back(
     TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
     INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]; FULL as above."""
-    row = tl.program_id(1)
-    begin = tl.load(begins + row)
-    length = tl.load(begins + row + 1) - begin
-    columns, capacity, tokens, sinks, start = sizes
-    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
+    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
+    _, capacity, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
     real = token < length
-    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
-    place = (begin + token).to(tl.int64)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     if TURNED:
         cos, sin = angles(token, steps, rotary, DIM)
@@ -219,7 +227,9 @@ def _turn_back(
         if TILE > 0 and not FULL:
             sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
-    firsts, there = (row * sinks, sinks) if FULL else (begin, length)
+    firsts, there = begin, length
+    if FULL:
+        firsts, there = tl.program_id(1) * sinks, sinks
     for kv_head in range(HEADS // GROUP):
         if TILE > 0 and not FEW:
             low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
@@ -260,7 +270,8 @@ def _turn_sinks(
     kv_head, row = tl.program_id(0), tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    column, (sinks, capacity) = tl.arange(0, TILE), shape
+    column = tl.arange(0, TILE)
+    sinks, capacity = shape
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
     low = load_firsts_at(keys, begin, kv_head, length, one, KV, DIM, TILE)
     high = load_firsts_at(keys, begin, kv_head, length, other, KV, DIM, TILE)
