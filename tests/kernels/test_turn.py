@@ -11,7 +11,8 @@ from torch import Tensor
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.turn import circle, turn, turn_back
+from sinks.kernels.device.tiles import circle
+from sinks.kernels.device.turn import turn, turn_back
 from sinks.kernels.phase import Rotary, rotate
 from tests.kernels.interpreted import DEVICE, needs_triton
 

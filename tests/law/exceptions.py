@@ -29,9 +29,10 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/step.py::_step", "parameters", 22, POINTERS),
     Allowed("src/sinks/kernels/device/step.py::_finish", "parameters", 16, POINTERS),
     Allowed("src/sinks/kernels/device/step.py::_write", "parameters", 13, POINTERS),
-    Allowed("src/sinks/kernels/device/turn.py::load_sink", "parameters", 9, POINTERS),
-    Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 21, POINTERS),
+    Allowed("src/sinks/kernels/device/tiles.py::load_sink", "parameters", 9, POINTERS),
+    Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 20, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn_back", "parameters", 21, POINTERS),
+    Allowed("src/sinks/kernels/device/turn.py::_meet", "parameters", 14, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn_sinks", "parameters", 11, POINTERS),
     Allowed(
         "src/sinks/stream/session.py::Session.open",

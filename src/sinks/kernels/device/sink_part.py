@@ -18,8 +18,8 @@ from torch import Tensor
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import LOG2E, Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.tiles import load_firsts, place_of, sink_tile
-from sinks.kernels.device.turn import angles, load_pairs, numbers, outside, pairs_of, spell
+from sinks.kernels.device.tiles import angles, load_firsts, load_pairs, outside, pairs_of, place_of, sink_tile
+from sinks.kernels.device.turn import numbers, spell
 from sinks.kernels.phase import Rotary
 
 MERGED = 32
@@ -291,5 +291,6 @@ def settle(
         rows.begins if rows.source is None else rows.source, steps, tuple(done.raw.stride()[:3]),
         (band.sinks, band.window), (heads // kv_heads * stripes, key.shape[0], rows.columns), pairs,
         KV=kv_heads, GROUP=heads // kv_heads, DIM=head_dim, TILE=tile, CHUNK=CHUNK, PACKED=rows.source is not None,
+        TURNED=rotary is not None,
         num_warps=4, **spell(rotary, head_dim),
     )  # fmt: skip

@@ -20,11 +20,23 @@ from torch import Tensor
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.tiles import load_firsts_at
+from sinks.kernels.device.tiles import (
+    angles,
+    circle,
+    load_firsts,
+    load_firsts_at,
+    load_pairs,
+    load_sink,
+    outside,
+    pairs_of,
+)
 from sinks.kernels.phase import Rotary
 
 TOKENS = 16
 """Tokens of one program, which turns all of their heads by one sine and cosine."""
+
+MET = 32
+"""Tokens of a program that has only scores to find."""
 
 BY_HAND = 8
 """Sinks up to which products are sums over a warp, and not matrix instructions, which want 16 and more registers."""
@@ -50,22 +62,6 @@ def tables(token: Value, dims: Value, steps: Value, rotary: Value, INTERLEAVED: 
 
 
 @jit
-def circle(phase: Value) -> Value:
-    """Cosine and sine of a signed 32-bit fraction of a turn, to 1e-7: quarters are integers, so nothing is reduced.
-
-    `tl.cos` carries a path for huge angles that is never taken and costs registers all the same.
-    """
-    quarter = (phase + 0x20000000) >> 30
-    angle = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32; at most an eighth
-    square = angle * angle
-    sin = 1.0 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
-    cos = 1.0 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
-    sin, odd = sin * angle, (quarter & 1) != 0
-    sign = 1.0 - (quarter & 2).to(tl.float32)
-    return tl.where(odd, -sin, cos) * sign, tl.where(odd, cos, sin) * sign
-
-
-@jit
 def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
     """The dimension that each one is turned with; itself outside the rotary ones."""
     first, pairs = rotary
@@ -75,71 +71,6 @@ def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
     else:
         partner = tl.where(offset < pairs, dims + pairs, dims - pairs)
     return tl.where((offset >= 0) & (offset < 2 * pairs), partner, dims)
-
-
-@jit
-def pairs_of(rotary: Value, DIM: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr) -> Value:
-    """Dimensions two by two, as they are turned together; then, by an angle of 0, those that are not turned.
-
-    WHOLE, that all are turned, is known when compiling: then a warp reads its dimensions in one piece.
-    """
-    pair = tl.arange(0, DIM // 2)
-    if WHOLE:
-        if INTERLEAVED:
-            one, other = 2 * pair, 2 * pair + 1
-        else:
-            one, other = pair, pair + DIM // 2
-    else:
-        first, pairs = rotary
-        rest = 2 * (pair - pairs)
-        one = rest + tl.where(rest >= first, 2 * pairs, 0)
-        other = rest + 1 + tl.where(rest + 1 >= first, 2 * pairs, 0)
-        if INTERLEAVED:
-            one = tl.where(pair < pairs, first + 2 * pair, one)
-            other = tl.where(pair < pairs, first + 2 * pair + 1, other)
-        else:
-            one = tl.where(pair < pairs, first + pair, one)
-            other = tl.where(pair < pairs, first + pairs + pair, other)
-    return one, other
-
-
-@jit
-def angles(token: Value, steps: Value, rotary: Value, DIM: constexpr) -> Value:
-    """Cosine and sine of each pair of `pairs_of`, [tokens, DIM / 2]."""
-    pair = tl.arange(0, DIM // 2)
-    step = tl.load(steps + pair, mask=pair < rotary[1], other=0)
-    return circle(((token.to(tl.int64)[:, None] * step[None, :]) >> 32).to(tl.int32))
-
-
-@jit
-def load_pairs(places: Value, one: Value, other: Value, real: Value) -> Value:
-    """Heads at `places` [tokens], each in two halves; zeros where they are not `real`."""
-    low = tl.load(places[:, None] + one[None, :], mask=real[:, None], other=0.0)
-    return low, tl.load(places[:, None] + other[None, :], mask=real[:, None], other=0.0)
-
-
-@jit
-def load_sink(
-    heads: Value, begin: Value, head: Value, length: Value, column: Value, one: Value, other: Value, COUNT: constexpr,
-    DIM: constexpr,
-) -> Value:  # fmt: skip
-    """One of a row's first tokens, as two halves [1, DIM / 2] in float32; zeros past its end."""
-    places = heads + (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
-    low = tl.load(places + one, mask=(one >= 0) & (column < length), other=0.0)
-    high = tl.load(places + other, mask=(one >= 0) & (column < length), other=0.0)
-    return low.to(tl.float32)[None, :], high.to(tl.float32)[None, :]
-
-
-@jit
-def outside(
-    begin: Value, token: Value, real: Value, source: Value, strides: Value, columns: Value, PACKED: constexpr
-) -> Value:
-    """Offsets of a row's tokens in a batch with pads, [batch, heads, queries, dims] of any strides but the last."""
-    if PACKED:
-        where = tl.load(source + begin + token, mask=real, other=0)
-    else:
-        where = (begin + token).to(tl.int64)
-    return where // columns * strides[0] + where % columns * strides[2]
 
 
 @jit
@@ -160,7 +91,7 @@ def _stand(
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
     strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, FULL: constexpr,
     INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
     """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks.
@@ -172,11 +103,10 @@ def _turn(
     begin, length = row
     real = token < length
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
-    if TURNED:
-        cos, sin = angles(token, steps, rotary, DIM)
-        sink_cos, sink_sin = cos, sin
-        if TILE > 0 and not FULL:
-            sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
+    cos, sin = angles(token, steps, rotary, DIM)
+    sink_cos, sink_sin = cos, sin
+    if TILE > 0 and not FULL:
+        sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
     # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
     firsts, there = begin, length
     if FULL:
@@ -188,14 +118,13 @@ def _turn(
         for member in range(GROUP):
             head = kv_head * GROUP + member
             low, high = load_pairs(away + head * strides[1], one, other, real)
-            if TURNED:
-                a, b = low.to(tl.float32), high.to(tl.float32)
-                here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
-                tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
-                tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
-                if TILE > 0 and not FULL:
-                    low = (a * sink_cos - b * sink_sin).to(low.dtype)
-                    high = (b * sink_cos + a * sink_sin).to(low.dtype)
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
+            tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
+            tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
+            if TILE > 0 and not FULL:
+                low = (a * sink_cos - b * sink_sin).to(low.dtype)
+                high = (b * sink_cos + a * sink_sin).to(low.dtype)
             if FEW:
                 for column in tl.static_range(FEW):
                     a, b = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
@@ -206,6 +135,32 @@ def _turn(
                 noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
                 products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
                 tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
+
+
+@jit
+def _meet(
+    heads: Value, first_keys: Value, scores: Value, begins: Value, source: Value, strides: Value, sizes: Value,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr,
+    PACKED: constexpr,
+) -> None:  # fmt: skip
+    """Where nothing is turned: heads[source] and sinks -> `scores`; one head a program."""
+    _, _, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
+    head, real, dims = tl.program_id(2), token < length, tl.arange(0, DIM)
+    query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+    noted = (place + head * tokens) * sinks
+    if FEW:
+        wide = query.to(tl.float32)
+        for column in tl.static_range(FEW):
+            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
+            key = tl.load(first_keys + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
+            tl.store(scores + noted + column, tl.sum(wide * key.to(tl.float32)[None, :], 1), mask=real)
+    else:
+        keys = load_firsts(first_keys, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
+        column = tl.arange(0, TILE)
+        there = real[:, None] & (column < sinks)[None, :]
+        tl.store(scores + noted[:, None] + column[None, :], tl.dot(query, tl.trans(keys)), mask=there)
 
 
 @jit
@@ -307,15 +262,16 @@ def turn(
 ) -> Turned:
     """Pack query and key, turned by their positions; the last axis of both has stride 1."""
     packed, packed_query = (_make(heads, rows, rotary) for heads in (key, query))
-    capacity, sinks, scores = band.sinks + band.window, None, None
+    sinks, scores, sizes = None, None, (band.sinks, band.sinks + band.window)
+    if band.sinks:
+        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
     if rotary is not None:
         _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
         sinks = _sinks_of(packed, rows, rotary, band) if band.sinks else None
-    if band.sinks:
-        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
-    if rotary is not None or scores is not None:
         beside = (packed, packed_query if scores is None else scores)
-        _launch(_turn, (query, packed_query), beside, rows, rotary, (band.sinks, capacity), sinks)
+        _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
+    elif scores is not None:
+        _launch_meet(query, packed, scores, rows, sizes)
     return Turned(packed_query, packed, sinks, scores)
 
 
@@ -323,12 +279,21 @@ def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
     return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
 
 
+def _launch_meet(query: Tensor, key: Tensor, scores: Tensor, rows: Rows, sizes: tuple[int, int]) -> None:
+    (_, heads, _, head_dim), (sinks, capacity) = query.shape, sizes
+    _meet[(triton.cdiv(rows.longest, MET), rows.batch, heads)](
+        query, key, scores, rows.begins, rows.begins if rows.source is None else rows.source,
+        tuple(query.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks, 0),
+        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, TOKENS=MET, TILE=Band(sinks, 1, 1.0).tile,
+        FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None, num_warps=4,
+    )  # fmt: skip
+
+
 def _sinks_of(key: Tensor, rows: Rows, rotary: Rotary, band: Band) -> Tensor:
     made, (steps, pairs) = key.new_empty(rows.batch * band.sinks, *key.shape[1:]), numbers(rotary, rows)
-    spelled = {name: known for name, known in spell(rotary, key.shape[2]).items() if name != "TURNED"}
     _turn_sinks[(key.shape[1], rows.batch)](
         key, made, rows.begins, steps, (band.sinks, band.sinks + band.window), pairs,
-        KV=key.shape[1], DIM=key.shape[2], TILE=band.tile, num_warps=4, **spelled,
+        KV=key.shape[1], DIM=key.shape[2], TILE=band.tile, num_warps=4, **spell(rotary, key.shape[2]),
     )  # fmt: skip
     return made
 
@@ -358,7 +323,6 @@ def turn_back(
 def spell(rotary: Rotary | None, head_dim: int) -> dict[str, bool]:
     """What a kernel that turns must know when it is compiled."""
     return {
-        "TURNED": rotary is not None,
         "INTERLEAVED": rotary is not None and rotary.interleaved,
         "WHOLE": rotary is None or (rotary.first == 0 and rotary.width == head_dim),
     }
@@ -378,6 +342,7 @@ def _launch(
     """`pair`: heads in the batch and packed; `beside`: first keys and scores. `full`: first keys for a full cache."""
     heads, (sinks, capacity), blocks = pair[0], sizes, triton.cdiv(rows.longest, TOKENS)
     source, (steps, numbered) = rows.begins if rows.source is None else rows.source, numbers(rotary, rows)
+    known = spell(rotary, heads.shape[3]) | ({"TURNED": rotary is not None} if kernel is _turn_back else {})
     filled = blocks if full is None else min(triton.cdiv(capacity - 1, TOKENS), blocks)
     for start, stop, keys in ((0, filled, beside[0]), (filled, blocks, full)):
         if start == stop or keys is None:
@@ -387,5 +352,5 @@ def _launch(
             (rows.columns, capacity, rows.tokens, sinks, start), numbered,
             HEADS=heads.shape[1], GROUP=heads.shape[1] // beside[0].shape[1], DIM=heads.shape[3], TOKENS=TOKENS,
             TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, FULL=start > 0,
-            PACKED=rows.source is not None, num_warps=WARPS, **spell(rotary, heads.shape[3]),
+            PACKED=rows.source is not None, num_warps=WARPS, **known,
         )  # fmt: skip
