@@ -2,9 +2,12 @@
 
     python benchmarks/gpu/band.py --json benchmarks/results/band-h200.json
 
-Useful TFLOP/s count visible pairs only: 4 d H pairs forward, 3.5 times that forward and backward. Heads are turned
-already, but for `turning too`, which is the whole of `attend` from unturned heads. `flex one call` is FlexAttention
-with sinks and window as one mask, the bar; `flash plain` is flash-attn-4's window without sinks, the ceiling.
+Useful TFLOP/s count visible pairs only: 4 d H pairs forward, 3.5 times that forward and backward. `ours, ...` is the
+whole of `attend` from heads as a model gives them, two angles, turning included; `turning` is what one angle costs by
+the same kernels. `flex one call` is FlexAttention with sinks and window as one mask, the bar, and `flash plain`
+flash-attn-4's window without sinks, the ceiling: both get heads for nothing turned already, so `turning` is theirs to
+add. `..., no rotary` has nothing to turn and compares as it stands. Times are the GPU's: it is kept busy until the host
+has launched everything. `parts` are the kernels of `ours, flash` one by one.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from torch import Tensor
 
 from sinks.kernels import Rotary, Scoring, attend
 from sinks.kernels.band import flash
-from sinks.kernels.band.operator import attend_packed
 from sinks.kernels.device import forward
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.rows import Rows
+from sinks.kernels.device.sink_part import Finished, merge_sinks, settle, sink_gradients
+from sinks.kernels.device.turn import turn, turn_back
 
 CASES = ((16_384, 1_020, 128), (65_536, 4_092, 128), (16_384, 1_020, 64))
 SINKS, HEADS, KV_HEADS = 4, 32, 8
+Calls = dict[str, Callable[..., Any]]
 
 
 def main() -> None:
@@ -39,6 +44,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
     rows = [row for case in CASES for row in measure(*case, given.rounds)]
+    rows += [measure_parts(*case, given.rounds) for case in CASES if flash.has_flash()]
     rows += measure_statistics(131_072, 1_020, given.rounds)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton")}
     ceiling = {"bf16 product TFLOP/s": round(product_rate(), 1)}
@@ -53,113 +59,145 @@ def version(package: str) -> str:
     return str(importlib.import_module(package).__version__)
 
 
-def clock(*calls: Callable[[], Any], rounds: int) -> list[float]:
+def clock(calls: Calls, rounds: int) -> dict[str, float]:
     """Median milliseconds of each call, taken in turn: a hot GPU slows all of them."""
-    times: list[list[float]] = [[] for _ in calls]
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 3):
-        for call, mine in zip(calls, times, strict=True):
+        for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(20_000_000)  # about ten milliseconds, in which the host gets ahead
             start.record()
             call()
             end.record()
             end.synchronize()
             if number >= 3:  # the first ones compile
-                mine.append(start.elapsed_time(end))
-    return [sorted(mine)[rounds // 2] for mine in times]
+                times[name].append(start.elapsed_time(end))
+    return {name: sorted(mine)[rounds // 2] for name, mine in times.items()}
 
 
 def product_rate() -> float:
     """bf16 TFLOP/s of a large product of random numbers."""
     one, other = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / clock(lambda: one @ other, rounds=20)[0] / 1e9
+    return 2 * 8192**3 / clock({"product": lambda: one @ other}, 20)["product"] / 1e9
 
 
 def heads_of(length: int, head_dim: int) -> list[Tensor]:
-    """Query, sink query, key, value and gradient, packed."""
+    """Query, key, value and gradient [1, heads, tokens, head_dim], laid out as projections leave them."""
     made = torch.Generator("cuda").manual_seed(length)
-    counts = (HEADS, HEADS, KV_HEADS, KV_HEADS, HEADS)
-    return [torch.randn(length, h, head_dim, device="cuda", dtype=torch.bfloat16, generator=made) for h in counts]
+    shapes = [(1, length, h, head_dim) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    drawn = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=made) for shape in shapes]
+    return [part.transpose(1, 2) for part in drawn]
 
 
-def contenders(length: int, window: int, heads: list[Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """Every way to the same result, as a call of heads that ask for gradients, and the plain window."""
-    query, sink_query, key, value = heads
-    rows = Rows.of(torch.arange(length, device="cuda")[None])
-    band, scale = Band(SINKS, window, query.shape[-1] ** -0.5), query.shape[-1] ** -0.5
-    calls = importlib.import_module("torch.nn.attention.flex_attention")
+def rotary_of(head_dim: int) -> Rotary:
+    """The plain rotary embedding, base 10,000."""
+    pairs = head_dim // 2
+    return Rotary(1.0 / 10000 ** (torch.arange(pairs, device="cuda").double() / pairs))
+
+
+def contenders(length: int, window: int, head_dim: int) -> Calls:
+    """Every way to the same result, and the plain window: calls of query, key and value."""
+    calls, scale = importlib.import_module("torch.nn.attention.flex_attention"), head_dim**-0.5
 
     def seen(row: Tensor, head: Tensor, one: Tensor, other: Tensor) -> Tensor:
         return (one >= other) & ((one - other < window) | (other < SINKS))
 
     mask = calls.create_block_mask(seen, None, None, length, length, device="cuda")
     walk = torch.compile(calls.flex_attention, dynamic=False)
-    pairs = query.shape[-1] // 2
-    scoring = Scoring(scale, Rotary(1.0 / 10000 ** (torch.arange(pairs, device="cuda").double() / pairs)))
 
-    def batch() -> list[Tensor]:
-        return [part[None].transpose(1, 2) for part in (query, key, value)]
+    def ours(impl: Any, rotary: Rotary | None) -> Callable[..., Tensor]:
+        scoring = Scoring(scale, rotary)
+        return lambda *heads: attend(*heads, sinks=SINKS, window=window, scoring=scoring, impl=impl)
 
-    ways = {
-        "flex one call": lambda: walk(*batch(), block_mask=mask, scale=scale, enable_gqa=True),
-        "triton, turning too": lambda: attend(*batch(), sinks=SINKS, window=window, scoring=scoring, impl="triton"),
-        "triton": lambda: attend_packed(query, sink_query, key, value, None, rows, band, "triton"),
-    }
+    ways: Calls = {"flex one call": lambda *heads: walk(*heads, block_mask=mask, scale=scale, enable_gqa=True)}
+    for impl in ("triton", "flash") if flash.has_flash() else ("triton",):
+        ways |= {f"ours, {impl}": ours(impl, rotary_of(head_dim)), f"ours, {impl}, no rotary": ours(impl, None)}
     if flash.has_flash():
         plain = importlib.import_module("flash_attn.cute.interface").flash_attn_func
-        ways["flash"] = lambda: attend_packed(query, sink_query, key, value, None, rows, band, "flash")
-        ways["flash, turning too"] = lambda: attend(
-            *batch(), sinks=SINKS, window=window, scoring=scoring, impl="flash"
-        )
-        ways["flash plain"] = lambda: plain(
-            query[None], key[None], value[None], softmax_scale=scale, causal=True, window_size=(window - 1, 0)
-        )[0]
+        ways["flash plain"] = lambda *heads: plain(
+            *(part.transpose(1, 2) for part in heads), softmax_scale=scale, causal=True, window_size=(window - 1, 0)
+        )[0].transpose(1, 2)
     return ways
 
 
 def measure(length: int, window: int, head_dim: int, rounds: int) -> list[dict[str, Any]]:
     """Forward, and forward and backward, of every contender."""
     *heads, given = heads_of(length, head_dim)
-    pairs = length * (SINKS + window) - window * window / 2
-    useful, ways = 4 * head_dim * HEADS * pairs / 1e9, contenders(length, window, heads)
+    leaves = [part.detach().requires_grad_() for part in heads]
+    rows, rotary, band = Rows.whole(1, length, given.device), rotary_of(head_dim), Band(0, window, 1.0)
+    ways = contenders(length, window, head_dim)
+    ahead: Calls = {name: lambda way=way: way(*heads) for name, way in ways.items()}
+    whole: Calls = {
+        name: lambda way=way: torch.autograd.grad(way(*leaves), leaves, given) for name, way in ways.items()
+    }
+    turned = turn(heads[0], heads[1], rows, rotary, band)
+    ahead["turning"] = lambda: turn(heads[0], heads[1], rows, rotary, band)
+    whole["turning"] = lambda: (
+        turn(heads[0], heads[1], rows, rotary, band),
+        turn_back(turned.query, (turned.key, None), None, rows, rotary, window),
+        turn_back(turned.key, (turned.key, None), None, rows, rotary, window),
+    )
     with torch.no_grad():
-        ahead = clock(*ways.values(), rounds=rounds)
-    for part in heads:
-        part.requires_grad_()
-
-    def both(name: str, way: Callable[[], Tensor]) -> Callable[[], Any]:
-        there = heads if name in ("triton", "flash") else [heads[0], *heads[2:]]
-        return lambda: torch.autograd.grad(out := way(), there, in_order_of(out, given))
-
-    whole = clock(*(both(name, way) for name, way in ways.items()), rounds=rounds)
+        forward_ms = clock(ahead, rounds)
+    both_ms = clock(whole, rounds)
+    useful = 4 * head_dim * HEADS * (length * (SINKS + window) - window * window / 2) / 1e9
     return [
         {
             "tokens": length, "window": window, "head_dim": head_dim, "way": name,
-            "forward_ms": round(forward_ms, 3), "forward_tflops": round(useful / forward_ms, 1),
-            "both_ms": round(both_ms, 3), "both_tflops": round(3.5 * useful / both_ms, 1),
-        }
-        for name, forward_ms, both_ms in zip(ways, ahead, whole, strict=True)
+            "forward_ms": round(forward_ms[name], 3), "both_ms": round(both_ms[name], 3),
+        } | ({} if name == "turning" else {
+            "forward_tflops": round(useful / forward_ms[name], 1),
+            "both_tflops": round(3.5 * useful / both_ms[name], 1),
+        })
+        for name in ahead
     ]  # fmt: skip
 
 
-def in_order_of(out: Tensor, given: Tensor) -> Tensor:
-    """The gradient in the order of axes of a result: tokens before heads, or FlexAttention's other way round."""
-    return given.view(out.shape) if out.shape[-2] == HEADS else given[None].transpose(1, 2)
+def measure_parts(length: int, window: int, head_dim: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each step of `ours, flash`, forward and backward."""
+    query, key, value, given = heads_of(length, head_dim)
+    rows, rotary = Rows.whole(1, length, given.device), rotary_of(head_dim)
+    band, value, given = Band(SINKS, window, head_dim**-0.5), rows.pack(value), rows.pack(given)
+    turned = turn(query, key, rows, rotary, band)
+    out, log_sums = flash.window_forward(turned.query, turned.key, value, rows, band)
+    merge_sinks(turned.scores, value, None, (out, log_sums), rows, band)
+    done = Finished(query, turned.query, turned.key, value, turned.scores, None, out, log_sums)
+    part = sink_gradients(done, given, rows, band)
+    back = flash.window_gradients(done, given, rows, band)
+    steps: Calls = {
+        "turn": lambda: turn(query, key, rows, rotary, band),
+        "window": lambda: flash.window_forward(turned.query, turned.key, value, rows, band),
+        "merge": lambda: merge_sinks(turned.scores, value, None, (out, log_sums), rows, band),
+        "sink gradient": lambda: sink_gradients(done, given, rows, band),
+        "window gradient": lambda: flash.window_gradients(done, given, rows, band),
+        "settle": lambda: settle(done, part, back[1], back[2], rows, band, rotary),
+        "turn query back": lambda: turn_back(
+            back[0], (turned.key, turned.sinks), part.slopes, rows, rotary, SINKS + window
+        ),
+        "turn key back": lambda: turn_back(back[1], (back[1], None), None, rows, rotary, SINKS + window),
+    }
+    found = {name: round(taken, 4) for name, taken in clock(steps, rounds).items()}
+    return {"tokens": length, "window": window, "head_dim": head_dim, "way": "parts", "ms": found}
 
 
 def measure_statistics(length: int, window: int, rounds: int) -> list[dict[str, Any]]:
     """The forward pass with and without statistics, in turn."""
     found = []
     for head_dim in (128, 64):
-        query, sink_query, key, value, _ = heads_of(length, head_dim)
-        rows, band = Rows.of(torch.arange(length, device="cuda")[None]), Band(SINKS, window, head_dim**-0.5)
-        without, along = clock(
-            lambda: forward.forward(query, sink_query, key, value, None, rows, band),  # noqa: B023
-            lambda: forward.forward(query, sink_query, key, value, None, rows, band, SINKS),  # noqa: B023
-            rounds=rounds,
-        )
+        query, key, value, _ = heads_of(length, head_dim)
+        rows, band = Rows.whole(1, length, query.device), Band(SINKS, window, head_dim**-0.5)
+        turned, value = turn(query, key, rows, rotary_of(head_dim), band), rows.pack(value)
+
+        def walk(first_keys: int | None) -> object:
+            return forward.forward(
+                turned.query, turned.key, value, turned.scores, None, rows, band, first_keys  # noqa: B023
+            )  # fmt: skip
+
+        taken = clock({"without": lambda: walk(None), "along": lambda: walk(SINKS)}, rounds)  # noqa: B023
         found.append({
             "tokens": length, "window": window, "head_dim": head_dim, "way": "triton with statistics",
-            "forward_ms": round(without, 3), "with_statistics_ms": round(along, 3), "ratio": round(along / without, 3),
+            "forward_ms": round(taken["without"], 3), "with_statistics_ms": round(taken["along"], 3),
+            "ratio": round(taken["along"] / taken["without"], 3),
         })  # fmt: skip
     return found
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels import Rotary, Scoring, attend, attend_measured, choose
+from sinks.kernels.band import attend as band_attend
 from sinks.kernels.band import flash
 from sinks.kernels.device import backward, forward
-from sinks.kernels.device.forward import Shape
+from sinks.kernels.device.forward import Band, Shape
+from sinks.kernels.device.rows import Rows
+from sinks.kernels.device.sink_part import Finished
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 
 needs_flash = pytest.mark.skipif(not flash.has_flash(), reason="flash-attn-4 is not installed")
@@ -153,6 +156,48 @@ def test_interpreted_kernels_equal_the_specification(case: Case) -> None:
     check(case, "triton")
 
 
+@needs_triton
+@pytest.mark.skipif(HAS_GPU, reason="the window itself runs here")
+@pytest.mark.parametrize("case", [
+    Case(4, 9, 60, logits=1.0, batch=1), Case(20, 16, 45, (2, 2), ragged=True, logits=-torch.inf),
+    Case(4, 17, 60, (2, 1), 128, rotary=False, ragged=True), Case(0, 8, 20, logits=0.5), Case(3, 40, 30, batch=1),
+], ids=str)  # fmt: skip
+def test_what_stands_around_the_window_of_flash_is_interpreted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "window_forward", plain_window)
+    monkeypatch.setattr(flash, "window_gradients", plain_gradients)
+    monkeypatch.setattr(band_attend, "need_flash", lambda device: None)
+    check(case, "flash")
+
+
+def plain_window(query: Tensor, key: Tensor, value: Tensor, rows: Rows, band: Band) -> tuple[Tensor, Tensor]:
+    """What flash-attn-4 gives for a plain window: result and log-sum-exp, every weight written out."""
+    scores, group = window_scores(query, key, rows, band), query.shape[1] // key.shape[1]
+    out = torch.einsum("hts,shd->thd", scores.softmax(-1), value.double().repeat_interleave(group, 1))
+    return out.to(query.dtype).contiguous(), scores.logsumexp(-1).float()
+
+
+def window_scores(query: Tensor, key: Tensor, rows: Rows, band: Band) -> Tensor:
+    keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    place, starts = torch.arange(query.shape[0]), rows.begins[1:].contiguous()
+    row = torch.searchsorted(starts, place, right=True)
+    distance = place[:, None] - place[None, :]
+    seen = (distance >= 0) & (distance < band.window) & (row[:, None] == row[None, :])
+    return (torch.einsum("thd,shd->hts", query.double(), keys) * band.scale).masked_fill(~seen, -torch.inf)
+
+
+def plain_gradients(done: Finished, given: Tensor, rows: Rows, band: Band) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of flash-attn-4's backward, given result and log-sum-exp of more columns than the window's."""
+    group, wide = done.query.shape[1] // done.key.shape[1], given.double()
+    weights = (window_scores(done.query, done.key, rows, band) - done.log_sums.double()[..., None]).exp()
+    keys, values = (part.double().repeat_interleave(group, 1) for part in (done.key, done.value))
+    delta = (wide * done.out.double()).sum(-1).t()[..., None]
+    slopes = weights * (torch.einsum("thd,shd->hts", wide, values) - delta) * band.scale
+    query = torch.einsum("hts,shd->thd", slopes, keys)
+    key = torch.einsum("hts,thd->shd", slopes, done.query.double()).unflatten(1, (-1, group)).sum(2)
+    value = torch.einsum("hts,thd->shd", weights, wide).unflatten(1, (-1, group)).sum(2)
+    return tuple(part.to(given.dtype).contiguous() for part in (query, key, value))  # type: ignore[return-value]
+
+
 @gpu
 @pytest.mark.parametrize("impl", WAYS)
 @pytest.mark.parametrize("case", [*large_cases()], ids=str)
@@ -193,9 +238,7 @@ def test_statistics_equal_those_of_written_out_weights(case: Case) -> None:
         # Scores come from heads rounded to 11 bits after turning: 2^-11 of scores of size 5, all in all.
         assert (got - exact.where(real, 0)).abs().max() < 2e-2 * (1 + exact.abs().max()), name
         assert (got - exact.where(real, 0)).square().mean().sqrt() < 2e-3 * (1 + exact.abs().max()), name
-    plain = attend(
-        *heads, sinks=case.sinks, window=case.window, scoring=scoring, positions=positions, impl="triton"
-    )
+    plain = attend(*heads, sinks=case.sinks, window=case.window, scoring=scoring, positions=positions, impl="triton")
     assert torch.equal(out, plain)
 
 

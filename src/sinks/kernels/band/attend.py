@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sinks.errors import InvalidInput, UnsupportedOption
 from sinks.kernels.band.flash import need_flash
-from sinks.kernels.band.operator import Walker, attend_packed
+from sinks.kernels.band.operator import Plan, Walker, attend_packed
 from sinks.kernels.device.forward import Band, Statistics, forward
 from sinks.kernels.device.language import need_triton, on
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.turn import turn_key, turn_query
+from sinks.kernels.device.turn import turn
 from sinks.kernels.scoring import Scoring
 
 HEAD_DIMS = (64, 128)
@@ -41,12 +41,8 @@ def attend(
         return (query + key.sum() + value.sum()) * 0.0
     band = Band(sinks, window, scoring.scale)
     with on(query.device):
-        heads = (
-            *turn_query(query, rows, scoring.rotary, sinks + window),
-            turn_key(key, rows, scoring.rotary),
-            rows.pack(value),
-        )
-        return rows.unpack(attend_packed(*heads, scoring.sink_logits, rows, band, walker))
+        plan = Plan(rows, band, scoring.rotary, walker)
+        return rows.unpack(attend_packed(query, key, rows.pack(value), scoring.sink_logits, plan))
 
 
 def measure(
@@ -67,14 +63,13 @@ def measure(
     if not 0 <= first_keys <= sinks:
         raise InvalidInput(f"first_keys={first_keys}: mass is counted on sinks, of which there are {sinks}")
     refuse(query, value, sinks, scoring, "triton")
-    rows = _rows(query, positions)
+    rows, band = _rows(query, positions), Band(sinks, window, scoring.scale)
     with torch.no_grad(), on(query.device):
-        heads = (
-            *turn_query(query, rows, scoring.rotary, sinks + window),
-            turn_key(key, rows, scoring.rotary),
-            rows.pack(value),
+        query, key = (heads if heads.stride(3) == 1 else heads.contiguous() for heads in (query, key))
+        turned = turn(query, key, rows, scoring.rotary, band)
+        out, figures = forward(
+            turned.query, turned.key, rows.pack(value), turned.scores, scoring.sink_logits, rows, band, first_keys
         )
-        out, figures = forward(*heads, scoring.sink_logits, rows, Band(sinks, window, scoring.scale), first_keys)
     log_sum_exp, mass, entropy, maximum = (rows.spread(part) for part in figures)
     return rows.unpack(out), Statistics(mass, entropy, maximum, log_sum_exp)
 

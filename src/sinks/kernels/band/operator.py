@@ -1,7 +1,8 @@
-"""The operator over packed, turned heads, and its gradient: `flash` and `triton` differ in who walks the window."""
+"""The operator over heads that are not turned yet, and its gradient: `flash` and `triton` differ in who walks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,60 +13,70 @@ from sinks.kernels.band import flash
 from sinks.kernels.device import backward
 from sinks.kernels.device.forward import Band, forward
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.sink_part import Finished, SinkGradients, merge_sinks, sink_gradients
+from sinks.kernels.device.sink_part import Finished, merge_sinks, settle, sink_gradients
+from sinks.kernels.device.turn import turn, turn_back
+from sinks.kernels.phase import Rotary
 
 Walker = Literal["flash", "triton"]
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is the same forward and backward: the rows, who sees whom, how heads are turned, who walks the window."""
+
+    rows: Rows
+    band: Band
+    rotary: Rotary | None
+    walker: Walker
+
+    @property
+    def capacity(self) -> int:
+        """Keys of a full cache."""
+        return self.band.sinks + self.band.window
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, sink_query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None,
-        plan: tuple[Rows, Band, Walker],
-    ) -> Tensor:  # fmt: skip
-        rows, band, walker = plan
-        if walker == "flash":
-            out, log_sums = flash.window_forward(query, key, value, rows, band)
-            merge_sinks(sink_query, key, value, logits, (out, log_sums), rows, band)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan) -> Tensor:
+        rows, band = plan.rows, plan.band
+        turned = turn(query, key, rows, plan.rotary, band)
+        if plan.walker == "flash":
+            out, log_sums = flash.window_forward(turned.query, turned.key, value, rows, band)
+            merge_sinks(turned.scores, value, logits, (out, log_sums), rows, band)
         else:
-            out, figures = forward(query, sink_query, key, value, logits, rows, band)
+            out, figures = forward(turned.query, turned.key, value, turned.scores, logits, rows, band)
             log_sums = figures[0]
-        ctx.save_for_backward(query, sink_query, key, value, logits, out, log_sums)
+        ctx.save_for_backward(
+            turned.sinks, query, turned.query, turned.key, value, turned.scores, logits, out, log_sums
+        )
         ctx.plan = plan
         return out
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        rows, band, walker = ctx.plan
-        done, gradient = Finished(*ctx.saved_tensors), given[0].contiguous()
-        part = sink_gradients(done, gradient, rows, band, after=walker == "flash")
-        if walker == "flash":
+        plan: Plan = ctx.plan
+        rows, band, rotary = plan.rows, plan.band, plan.rotary
+        sinks, *saved = ctx.saved_tensors
+        done, gradient = Finished(*saved), given[0].contiguous()
+        part = sink_gradients(done, gradient, rows, band)
+        if plan.walker == "flash":
             query, key, value = flash.window_gradients(done, gradient, rows, band)
         else:
             query, key, value = backward.window_gradients(done, gradient, part.delta, rows, band)
-        _add_sinks(key, value, part, rows)
+        settle(done, part, key, value, rows, band, rotary)
+        query = turn_back(query, (done.key, sinks), part.slopes, rows, rotary, plan.capacity)
+        key = turn_back(key, (key, None), None, rows, rotary, plan.capacity)
         logits = None if part.logits is None or done.logits is None else part.logits.to(done.logits.dtype)
-        return query, part.query, key, value, logits, None
-
-
-def _add_sinks(key: Tensor, value: Tensor, part: SinkGradients, rows: Rows) -> None:
-    """Add what the sinks' columns owe; a row with fewer tokens than sinks owes zeros to its neighbours."""
-    if part.key is None or part.value is None:
-        return
-    places = rows.firsts(part.key.shape[1]).flatten()
-    key.index_add_(0, places, part.key.flatten(0, 1).to(key.dtype))
-    value.index_add_(0, places, part.value.flatten(0, 1).to(value.dtype))
+        return query, key, value, logits, None
 
 
 def attend_packed(
-    query: Float[Tensor, "tokens heads head_dim"],
-    sink_query: Float[Tensor, "tokens heads head_dim"],
-    key: Float[Tensor, "tokens kv_heads head_dim"],
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads queries head_dim"],
     value: Float[Tensor, "tokens kv_heads head_dim"],
     logits: Float[Tensor, " heads"] | None,
-    rows: Rows,
-    band: Band,
-    walker: Walker,
+    plan: Plan,
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention of turned heads over sinks and window; differentiable in all five."""
-    return _Attend.apply(query, sink_query, key, value, logits, (rows, band, walker))
+    """Attention over sinks and window, packed as `value` is; differentiable in the first four."""
+    query, key = (heads if heads.stride(3) == 1 else heads.contiguous() for heads in (query, key))
+    return _Attend.apply(query, key, value, logits, plan)

@@ -140,11 +140,11 @@ def window_gradients(
     rows: Rows,
     band: Band,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value through the keys that are no sinks, in the dtype of the heads."""
+    """The gradients of query, key and value through the keys of the window, sinks inside it included."""
     tokens, heads, head_dim = done.query.shape
     kv_heads, query = done.key.shape[1], torch.empty_like(done.query)
     sums = (torch.empty_like(done.key), torch.empty_like(done.value))
-    shape, figures = (band.sinks, band.window, band.scale * LOG2E), (done.log_sums, delta)
+    shape, figures = (0, band.window, band.scale * LOG2E), (done.log_sums, delta)
     for kernel, cut, blocks, into in (
         (_key_gradient, KEY_SHAPES[head_dim], (KEY_SHAPES[head_dim].keys, kv_heads), sums),
         (_query_gradient, QUERY_SHAPES[head_dim], (QUERY_SHAPES[head_dim].queries, heads), query),

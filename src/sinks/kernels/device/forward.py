@@ -94,7 +94,7 @@ def spans(first: Value, length: Value, shape: Value, QUERIES: constexpr, KEYS: c
 
 @jit
 def _forward(
-    queries: Value, sink_queries: Value, key_heads: Value, value_heads: Value, sink_heads: Value, out: Value,
+    queries: Value, key_heads: Value, value_heads: Value, sink_scores: Value, sink_values: Value, out: Value,
     figures: Value, logits: Value, begins: Value, shape: Value, sizes: Value, HEADS: constexpr, GROUP: constexpr,
     DIM: constexpr, QUERIES: constexpr, KEYS: constexpr, TILE: constexpr, LOGITS: constexpr, STATISTICS: constexpr,
 ) -> None:  # fmt: skip
@@ -115,13 +115,11 @@ def _forward(
         state = _walk(state, heads, where, (whole, partly), shape, KEYS, False, STATISTICS)
         state = _walk(state, heads, where, (partly, high), shape, KEYS, True, STATISTICS)
         place, real = place_of(begin, token, head, HEADS, DIM), token < length
-        mass = zeros
+        noted, mass = head.to(tl.int64) * sizes[0] + begin + token, zeros
         if TILE > 0:
             column = tl.arange(0, TILE)
-            turned = tl.load(sink_queries + place, mask=real[:, None], other=0.0)
-            keys = load_firsts(sink_heads[0], begin, kv_head, length, HEADS // GROUP, DIM, TILE)
-            values = load_firsts(sink_heads[1], begin, kv_head, length, HEADS // GROUP, DIM, TILE)
-            scores = sink_tile(turned, keys, token, column, shape, False)
+            values = load_firsts(sink_values, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+            scores = sink_tile(sink_scores, noted, token, real, shape, TILE, False)
             state = take_in(state, scores, values, shape[2], True, STATISTICS)
         gathered, total, largest, weighed = state
         # Past the end of a row nothing was seen and nothing is stored; it need not be NaN in between.
@@ -135,7 +133,6 @@ def _forward(
             state = take_in_logit(state, tl.load(logits + head), shape[2], STATISTICS)
         gathered, total, largest, weighed = state
         tl.store(out + place, (gathered / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
-        noted = head.to(tl.int64) * sizes[0] + begin + token
         _note(figures, noted, real, sizes[0], state, (mass, peak, shape[2]), HEADS, STATISTICS)
 
 
@@ -159,22 +156,25 @@ def _note(
 
 def forward(
     query: Float[Tensor, "tokens heads head_dim"],
-    sink_query: Float[Tensor, "tokens heads head_dim"],
     key: Float[Tensor, "tokens kv_heads head_dim"],
     value: Float[Tensor, "tokens kv_heads head_dim"],
+    scores: Float[Tensor, "heads tokens sinks"] | None,
     logits: Float[Tensor, " heads"] | None,
     rows: Rows,
     band: Band,
     first_keys: int | None = None,
 ) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "figures heads tokens"]]:
-    """Attention of turned heads, and its log-sum-exp; with `first_keys`, also their mass, entropy and maximum."""
+    """Attention of turned heads, `scores` being `Turned.scores`, and its log-sum-exp.
+
+    With `first_keys`, also their mass, entropy and maximum.
+    """
     tokens, heads, head_dim = query.shape
     cut = SHAPES[head_dim]
     out, wanted = torch.empty_like(query), 1 if first_keys is None else 4
     figures = torch.empty(wanted, heads, tokens, dtype=torch.float32, device=query.device)
     _forward[(triton.cdiv(rows.longest, cut.queries), heads, rows.batch)](
-        describe(query, cut.queries), sink_query, describe(key, cut.keys), describe(value, cut.keys), (key, value),
-        out, figures, figures if logits is None else logits, rows.begins,
+        describe(query, cut.queries), describe(key, cut.keys), describe(value, cut.keys),
+        figures if scores is None else scores, value, out, figures, figures if logits is None else logits, rows.begins,
         (band.sinks, band.window, band.scale * LOG2E), (tokens, first_keys or 0),
         HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=cut.queries, KEYS=cut.keys,
         TILE=band.tile, LOGITS=logits is not None, STATISTICS=first_keys is not None,

@@ -1,22 +1,48 @@
-"""Turn heads by their phases and pack them in one pass: two angles for a query, one for a key.
+"""Turn heads by their phases and pack them in one pass, and turn gradients back; queries meet the sinks on the way.
 
-Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle.
+Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle. A query has
+two: its position for recent keys, and its position in the cache for sinks. The second one is never written down: only
+its products with the few sinks are, and the slopes of those are what its gradient is made of.
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# Branches on constants of the compilation: what one of them binds, only it uses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl, triton
 from sinks.kernels.device.rows import Rows
+from sinks.kernels.device.tiles import (
+    angles,
+    circle,
+    load_firsts,
+    load_firsts_at,
+    load_pairs,
+    load_sink,
+    outside,
+    pairs_of,
+)
 from sinks.kernels.phase import Rotary
 
 TOKENS = 16
 """Tokens of one program, which turns all of their heads by one sine and cosine."""
+
+MET = 32
+"""Tokens of a program that has only scores to find."""
+
+BY_HAND = 8
+"""Sinks up to which products are sums over a warp, and not matrix instructions, which want 16 and more registers."""
+
+WARPS = 4
+"""Warps of such a program."""
 
 
 @jit
@@ -31,8 +57,8 @@ def tables(token: Value, dims: Value, steps: Value, rotary: Value, INTERLEAVED: 
         pair, second = offset % tl.maximum(pairs, 1), offset >= pairs
     step = tl.load(steps + pair, mask=inside, other=0)
     phase = ((token.to(tl.int64)[:, None] * step[None, :]) >> 32).to(tl.int32)
-    angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
-    return tl.cos(angle), tl.where(second[None, :], tl.sin(angle), -tl.sin(angle))
+    cos, sin = circle(phase)
+    return cos, tl.where(second[None, :], sin, -sin)
 
 
 @jit
@@ -48,96 +74,283 @@ def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
 
 
 @jit
-def _turn(
-    heads: Value, turned: Value, begins: Value, source: Value, steps: Value, strides: Value, sizes: Value,
-    rotary: Value, HEADS: constexpr, DIM: constexpr, TOKENS: constexpr, ANGLES: constexpr, INTERLEAVED: constexpr,
-    BACK: constexpr, PACKED: constexpr,
-) -> None:  # fmt: skip
-    """heads[source] -> turned[0] by the position, turned[1] by that in the cache; BACK: their gradients back."""
+def _stand(
+    heads: Value, begins: Value, source: Value, strides: Value, sizes: Value, TOKENS: constexpr, PACKED: constexpr
+) -> Value:
+    """Where its row begins and how long it is, a program's tokens, and where they stand, in the batch and packed."""
     row = tl.program_id(1)
     begin = tl.load(begins + row)
     length = tl.load(begins + row + 1) - begin
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real, dims = (token < length)[:, None], tl.arange(0, DIM)
-    columns, capacity = sizes
-    partner = partners(dims, rotary, INTERLEAVED)
-    if PACKED:
-        where = tl.load(source + begin + token, mask=token < length, other=0)
-    else:
-        where = (begin + token).to(tl.int64)
-    outside = (where // columns * strides[0] + where % columns * strides[2])[:, None]
-    inside = ((begin + token).to(tl.int64) * (HEADS * DIM))[:, None]
-    cos, sin = tables(token, dims, steps, rotary, INTERLEAVED)
-    sink_cos, sink_sin = cos, sin
-    if ANGLES == 2:
-        sink_cos, sink_sin = tables(tl.minimum(token, capacity - 1), dims, steps, rotary, INTERLEAVED)
-    for head in range(HEADS):
-        away, here = heads + outside + head * strides[1], inside + head * DIM
-        if BACK:
-            # The inverse of a turn is its transpose: the partner's sine changes sides.
-            made = _mix(turned[0] + here, dims, partner, cos, -sin, real)
-            if ANGLES == 2:
-                made += _mix(turned[1] + here, dims, partner, sink_cos, -sink_sin, real)
-            tl.store(away + dims[None, :], made.to(heads.dtype.element_ty), mask=real)
-        else:
-            tl.store(turned[0] + here + dims[None, :], _mix(away, dims, partner, cos, sin, real), mask=real)
-            if ANGLES == 2:
-                made = _mix(away, dims, partner, sink_cos, sink_sin, real)
-                tl.store(turned[1] + here + dims[None, :], made, mask=real)
+    columns, _, _, _, start = sizes
+    token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
+    away = heads + outside(begin, token, token < length, source, strides, columns, PACKED)
+    return (begin, length), token, away, (begin + token).to(tl.int64)
 
 
 @jit
-def _mix(places: Value, dims: Value, partner: Value, cos: Value, sin: Value, real: Value) -> Value:
-    own = tl.load(places + dims[None, :], mask=real, other=0.0).to(tl.float32)
-    other = tl.load(places + partner[None, :], mask=real, other=0.0).to(tl.float32)
-    return own * cos + other * sin
+def _turn(
+    heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, FULL: constexpr,
+    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
+) -> None:  # fmt: skip
+    """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks.
+
+    FULL: the cache is full for all of these tokens, and `first_keys` are turned instead of the queries.
+    """
+    _, capacity, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
+    real = token < length
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+    cos, sin = angles(token, steps, rotary, DIM)
+    sink_cos, sink_sin = cos, sin
+    if TILE > 0 and not FULL:
+        sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
+    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
+    firsts, there = begin, length
+    if FULL:
+        firsts, there = tl.program_id(1) * sinks, sinks
+    for kv_head in range(HEADS // GROUP):
+        if TILE > 0 and not FEW:
+            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            low, high = load_pairs(away + head * strides[1], one, other, real)
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
+            tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
+            tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
+            if TILE > 0 and not FULL:
+                low = (a * sink_cos - b * sink_sin).to(low.dtype)
+                high = (b * sink_cos + a * sink_sin).to(low.dtype)
+            if FEW:
+                for column in tl.static_range(FEW):
+                    a, b = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
+                    product = tl.sum(low.to(tl.float32) * a + high.to(tl.float32) * b, 1)
+                    tl.store(scores + (place + head * tokens) * FEW + column, product, mask=real)
+            elif TILE > 0:
+                column = tl.arange(0, TILE)
+                noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+                products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
+                tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
 
 
-def _launch(
-    heads: Tensor, turned: tuple[Tensor, ...], rows: Rows, rotary: Rotary, capacity: int, back: bool
-) -> None:
-    source = rows.begins if rows.source is None else rows.source
-    _turn[(triton.cdiv(rows.longest, TOKENS), rows.batch)](
-        heads, (turned[0], turned[-1]), rows.begins, source, rotary.steps.to(heads.device),
-        tuple(heads.stride()[:3]), (rows.columns, capacity), (rotary.first, rotary.width // 2),
-        HEADS=heads.shape[1], DIM=heads.shape[3], TOKENS=TOKENS, ANGLES=len(turned), INTERLEAVED=rotary.interleaved,
-        BACK=back, PACKED=rows.source is not None, num_warps=4,
+@jit
+def _meet(
+    heads: Value, first_keys: Value, scores: Value, begins: Value, source: Value, strides: Value, sizes: Value,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr,
+    PACKED: constexpr,
+) -> None:  # fmt: skip
+    """Where nothing is turned: heads[source] and sinks -> `scores`; one head a program."""
+    _, _, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
+    head, real, dims = tl.program_id(2), token < length, tl.arange(0, DIM)
+    query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+    noted = (place + head * tokens) * sinks
+    if FEW:
+        wide = query.to(tl.float32)
+        for column in tl.static_range(FEW):
+            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
+            key = tl.load(first_keys + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
+            tl.store(scores + noted + column, tl.sum(wide * key.to(tl.float32)[None, :], 1), mask=real)
+    else:
+        keys = load_firsts(first_keys, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
+        column = tl.arange(0, TILE)
+        there = real[:, None] & (column < sinks)[None, :]
+        tl.store(scores + noted[:, None] + column[None, :], tl.dot(query, tl.trans(keys)), mask=there)
+
+
+@jit
+def _turn_back(
+    heads: Value, given: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
+    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
+    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
+) -> None:  # fmt: skip
+    """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
+    _, capacity, tokens, sinks, _ = sizes
+    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
+    begin, length = row
+    real = token < length
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+    if TURNED:
+        cos, sin = angles(token, steps, rotary, DIM)
+        sink_cos, sink_sin = cos, sin
+        if TILE > 0 and not FULL:
+            sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
+    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
+    firsts, there = begin, length
+    if FULL:
+        firsts, there = tl.program_id(1) * sinks, sinks
+    for kv_head in range(HEADS // GROUP):
+        if TILE > 0 and not FEW:
+            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
+            low, high = low.to(tl.float32), high.to(tl.float32)
+            if TURNED:  # the inverse of a turn is its transpose
+                low, high = low * cos + high * sin, high * cos - low * sin
+            if TILE > 0:
+                a, b = tl.zeros_like(low), tl.zeros_like(high)
+                if FEW:
+                    for column in tl.static_range(FEW):
+                        x, y = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
+                        share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)
+                        a, b = a + share[:, None] * x, b + share[:, None] * y
+                else:
+                    column = tl.arange(0, TILE)
+                    noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+                    share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
+                    share = share.to(low_keys.dtype)
+                    a, b = tl.dot(share, low_keys), tl.dot(share, high_keys)
+                if TURNED and not FULL:
+                    a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
+                low, high = low + a, high + b
+            here = (away + head * strides[1])[:, None]
+            tl.store(here + one[None, :], low.to(heads.dtype.element_ty), mask=real[:, None])
+            tl.store(here + other[None, :], high.to(heads.dtype.element_ty), mask=real[:, None])
+
+
+@jit
+def _turn_sinks(
+    keys: Value, made: Value, begins: Value, steps: Value, shape: Value, rotary: Value, KV: constexpr, DIM: constexpr,
+    TILE: constexpr, INTERLEAVED: constexpr, WHOLE: constexpr,
+) -> None:  # fmt: skip
+    """Turned sinks of each row, turned back by the one angle that a full cache gives all of its queries."""
+    kv_head, row = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(begins + row)
+    length = tl.load(begins + row + 1) - begin
+    column = tl.arange(0, TILE)
+    sinks, capacity = shape
+    one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
+    low = load_firsts_at(keys, begin, kv_head, length, one, KV, DIM, TILE)
+    high = load_firsts_at(keys, begin, kv_head, length, other, KV, DIM, TILE)
+    cos, sin = angles(tl.full([1], capacity - 1, tl.int32), steps, rotary, DIM)
+    a, b = low.to(tl.float32), high.to(tl.float32)
+    here = made + (((row * sinks + column) * KV + kv_head) * DIM)[:, None]
+    real = (column < sinks)[:, None]
+    tl.store(here + one[None, :], (a * cos + b * sin).to(low.dtype), mask=real)
+    tl.store(here + other[None, :], (b * cos - a * sin).to(low.dtype), mask=real)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Packed heads as a kernel that walks the window wants them, and what the queries make of the sinks.
+
+    `sinks` are the first keys of each row, turned back by the angle of a query that sees a full cache (None: nothing is
+    turned). `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither
+    scaled nor hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
+    """
+
+    query: Float[Tensor, "tokens heads head_dim"]
+    key: Float[Tensor, "tokens kv_heads head_dim"]
+    sinks: Float[Tensor, "rows_sinks kv_heads head_dim"] | None
+    scores: Float[Tensor, "heads tokens sinks"] | None
+
+
+def turn(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads queries head_dim"],
+    rows: Rows,
+    rotary: Rotary | None,
+    band: Band,
+) -> Turned:
+    """Pack query and key, turned by their positions; the last axis of both has stride 1."""
+    packed, packed_query = (_make(heads, rows, rotary) for heads in (key, query))
+    sinks, scores, sizes = None, None, (band.sinks, band.sinks + band.window)
+    if band.sinks:
+        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
+    if rotary is not None:
+        _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
+        sinks = _sinks_of(packed, rows, rotary, band) if band.sinks else None
+        beside = (packed, packed_query if scores is None else scores)
+        _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
+    elif scores is not None:
+        _launch_meet(query, packed, scores, rows, sizes)
+    return Turned(packed_query, packed, sinks, scores)
+
+
+def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
+    return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
+
+
+def _launch_meet(query: Tensor, key: Tensor, scores: Tensor, rows: Rows, sizes: tuple[int, int]) -> None:
+    (_, heads, _, head_dim), (sinks, capacity) = query.shape, sizes
+    _meet[(triton.cdiv(rows.longest, MET), rows.batch, heads)](
+        query, key, scores, rows.begins, rows.begins if rows.source is None else rows.source,
+        tuple(query.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks, 0),
+        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, TOKENS=MET, TILE=Band(sinks, 1, 1.0).tile,
+        FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None, num_warps=4,
     )  # fmt: skip
 
 
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, heads: Tensor, rows: Rows, rotary: Rotary, capacity: int, angles: int
-    ) -> tuple[Tensor, ...]:
-        heads = heads if heads.stride(3) == 1 else heads.contiguous()
-        turned = tuple(heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3]) for _ in range(angles))
-        _launch(heads, turned, rows, rotary, capacity, back=False)
-        ctx.of, ctx.shape = (rows, rotary, capacity), heads.shape
-        return turned
-
-    @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        rows, rotary, capacity = ctx.of
-        batch, count, columns, dims = ctx.shape
-        make = given[0].new_empty if rows.source is None else given[0].new_zeros
-        heads = make(batch, columns, count, dims).transpose(1, 2)
-        _launch(heads, tuple(part.contiguous() for part in given), rows, rotary, capacity, back=True)
-        return heads, None, None, None, None
+def _sinks_of(key: Tensor, rows: Rows, rotary: Rotary, band: Band) -> Tensor:
+    made, (steps, pairs) = key.new_empty(rows.batch * band.sinks, *key.shape[1:]), numbers(rotary, rows)
+    _turn_sinks[(key.shape[1], rows.batch)](
+        key, made, rows.begins, steps, (band.sinks, band.sinks + band.window), pairs,
+        KV=key.shape[1], DIM=key.shape[2], TILE=band.tile, num_warps=4, **spell(rotary, key.shape[2]),
+    )  # fmt: skip
+    return made
 
 
-def turn_query(
-    query: Float[Tensor, "batch heads queries head_dim"], rows: Rows, rotary: Rotary | None, capacity: int
-) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "tokens heads head_dim"]]:
-    """The packed query for recent keys, turned by its position, and for sinks, by its position in the cache."""
+def turn_back(
+    given: Float[Tensor, "tokens heads head_dim"],
+    first_keys: tuple[Float[Tensor, "tokens kv_heads head_dim"], Float[Tensor, "rows_sinks kv_heads head_dim"] | None],
+    slopes: Float[Tensor, "heads tokens sinks"] | None,
+    rows: Rows,
+    rotary: Rotary | None,
+    capacity: int,
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """The gradient of heads from that of their turned ones and, for queries, of their scores against the sinks.
+
+    `first_keys` are `Turned.key` and `Turned.sinks`.
+    """
+    if rotary is None and slopes is None:
+        return rows.unpack(given)
+    make = given.new_empty if rows.source is None else given.new_zeros
+    heads = make(rows.batch, rows.columns, *given.shape[1:]).transpose(1, 2)
+    sizes = (0 if slopes is None else slopes.shape[2], capacity)
+    beside = (first_keys[0], given if slopes is None else slopes)
+    _launch(_turn_back, (heads, given), beside, rows, rotary, sizes, first_keys[1])
+    return heads
+
+
+def spell(rotary: Rotary | None, head_dim: int) -> dict[str, bool]:
+    """What a kernel that turns must know when it is compiled."""
+    return {
+        "INTERLEAVED": rotary is not None and rotary.interleaved,
+        "WHOLE": rotary is None or (rotary.first == 0 and rotary.width == head_dim),
+    }
+
+
+def numbers(rotary: Rotary | None, rows: Rows) -> tuple[Tensor, tuple[int, int]]:
+    """Its steps, and its first dimension and pairs; anything at all where nothing is turned."""
     if rotary is None:
-        packed = rows.pack(query)
-        return packed, packed
-    return _Turn.apply(query, rows, rotary, capacity, 2)
+        return rows.begins, (0, 0)
+    return rotary.steps.to(rows.begins.device), (rotary.first, rotary.width // 2)
 
 
-def turn_key(
-    key: Float[Tensor, "batch kv_heads queries head_dim"], rows: Rows, rotary: Rotary | None
-) -> Float[Tensor, "tokens kv_heads head_dim"]:
-    """The packed key, turned by its position: sinks and recent keys alike."""
-    return rows.pack(key) if rotary is None else _Turn.apply(key, rows, rotary, 1, 1)[0]
+def _launch(
+    kernel: Any, pair: tuple[Tensor, Tensor], beside: tuple[Tensor, Tensor], rows: Rows, rotary: Rotary | None,
+    sizes: tuple[int, int], full: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`pair`: heads in the batch and packed; `beside`: first keys and scores. `full`: first keys for a full cache."""
+    heads, (sinks, capacity), blocks = pair[0], sizes, triton.cdiv(rows.longest, TOKENS)
+    source, (steps, numbered) = rows.begins if rows.source is None else rows.source, numbers(rotary, rows)
+    known = spell(rotary, heads.shape[3]) | ({"TURNED": rotary is not None} if kernel is _turn_back else {})
+    filled = blocks if full is None else min(triton.cdiv(capacity - 1, TOKENS), blocks)
+    for start, stop, keys in ((0, filled, beside[0]), (filled, blocks, full)):
+        if start == stop or keys is None:
+            continue
+        kernel[(stop - start, rows.batch)](
+            *pair, keys, beside[1], rows.begins, source, steps, tuple(heads.stride()[:3]),
+            (rows.columns, capacity, rows.tokens, sinks, start), numbered,
+            HEADS=heads.shape[1], GROUP=heads.shape[1] // beside[0].shape[1], DIM=heads.shape[3], TOKENS=TOKENS,
+            TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, FULL=start > 0,
+            PACKED=rows.source is not None, num_warps=WARPS, **known,
+        )  # fmt: skip
