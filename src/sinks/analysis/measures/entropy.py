@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +16,8 @@ from sinks.analysis.probe import probe, read
 from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, TextTooShort
 from sinks.kernels.lens import Sight
+from sinks.kernels.summary import summary as summaries
+from sinks.kernels.summary.summary import Summary
 from sinks.models.families import base_of
 from sinks.models.observe import blocks_of
 from sinks.reading.estimate import ratio_of_means
@@ -332,12 +334,29 @@ class _Means:
     ) -> None:
         """Count the values that are not NaN into the divisions that their queries belong to."""
         known = ~values.isnan()
-        sums = torch.einsum("sbhq,bqd->hsd", values.where(known, 0), into).cpu()
-        counts = torch.einsum("sbhq,bqd->hsd", known.double(), into).cpu()
-        for index, head in enumerate(sight.view.heads):
-            at = (sight.view.layer, head)
-            self._sums[at] = self._sums.get(at, 0) + sums[index]
-            self._counts[at] = self._counts.get(at, 0) + counts[index]
+        sums = torch.einsum("sbhq,bqd->hsd", values.where(known, 0), into)
+        counts = torch.einsum("sbhq,bqd->hsd", known.double(), into)
+        self._count(sight.view.layer, sight.view.heads, sums, counts)
+
+    def add_runs(
+        self,
+        layer: int,
+        values: Float[Tensor, "statistics batch heads queries"],
+        last: Int[Tensor, " divisions"],
+    ) -> None:
+        """The same for all queries of a layer in order, where division d ends with query `last[d]`."""
+        known = ~values.isnan()
+        ended = []
+        for each in (values.where(known, 0), known.double()):
+            run = each.sum(dim=1).cumsum(dim=-1)[..., last]
+            ended.append(run.diff(dim=-1, prepend=torch.zeros_like(run[..., :1])).transpose(0, 1))
+        self._count(layer, range(values.shape[2]), ended[0], ended[1])
+
+    def _count(self, layer: int, heads: range, sums: Tensor, counts: Tensor) -> None:
+        for index, head in enumerate(heads):
+            for kept, more in ((self._sums, sums), (self._counts, counts)):
+                before = kept.get((layer, head))
+                kept[layer, head] = more[index] if before is None else before + more[index]
 
     def of(self, layers: int) -> Float[np.ndarray, "statistics layers some_heads divisions"]:
         """The means; NaN where there was nothing to count."""
@@ -346,7 +365,7 @@ class _Means:
         found = np.full((shape[0], layers, heads, shape[1]), np.nan)
         for (layer, head), sums in self._sums.items():
             count = self._counts[layer, head]
-            found[:, layer, head] = (sums / count.where(count > 0, torch.nan)).numpy()
+            found[:, layer, head] = (sums / count.where(count > 0, torch.nan)).cpu().numpy()
         return found
 
 
@@ -359,6 +378,7 @@ class Bins:
         self.layers, self.ends, self.sink = layers, ends, sink
         self._means = _Means()
         self._along = None if stream is None else torch.zeros(2, *stream, dtype=torch.float64)
+        self._there: tuple[Tensor, Tensor] | None = None
 
     def see(self, sight: Sight) -> None:
         """Count one block."""
@@ -374,6 +394,25 @@ class Bins:
             row = torch.arange(len(queries))[:, None]
             self._along[:, row, queries.cpu()] += found.cpu()
 
+    @property
+    def sum_up(self) -> Callable[[Summary], None] | None:
+        """Counts one layer's summary; None for a stream, and where it does not know the sink keys one by one."""
+        return None if self._along is not None or int(self.sink.max()) >= summaries.FIRST else self._sum_up
+
+    def _sum_up(self, summary: Summary) -> None:
+        if self._there is None:  # once: what is not on the device is waited for
+            is_sink = torch.isin(torch.arange(summaries.FIRST), self.sink)
+            self._there = (is_sink.to(summary.first.device), torch.from_numpy(self.ends - 1).to(summary.first.device))
+        is_sink, last = self._there
+        sink_mass, left, on_sink, rest = _apart(summary, is_sink)
+        outcomes = summary.visible.double()
+        entropy = on_sink + rest
+        normalised = torch.where(outcomes > 1, entropy / outcomes.clamp(min=2).log(), torch.nan)
+        # The rest's weights made to sum to one: -sum (p / left) log(p / left).
+        without = torch.where(left > 0, (left.log() + rest / left).clamp(min=0), torch.nan)
+        values = torch.stack((entropy, normalised, without, sink_mass))
+        self._means.add_runs(summary.layer, values, last.clamp(max=summary.queries - 1))
+
     def profile(self, name: str) -> Profile:
         """What was seen, as means."""
         entropy, normalised, without_sink, sink_mass = self._means.of(self.layers)
@@ -383,6 +422,15 @@ class Bins:
         """Normalised entropy at every position of every segment, mean over layers and heads; NaN: none."""
         sums, counts = (torch.zeros(2, 0, 0) if self._along is None else self._along).numpy()
         return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _apart(summary: Summary, is_sink: Bool[Tensor, " few"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mass on the sinks, mass on all other keys, and -sum p log p over each, `[batch, heads, queries]` in float64."""
+    found = []
+    for first, rest in ((summary.first, summary.rest), (summary.first_terms, summary.rest_terms)):
+        on_sinks = first.where(is_sink, 0).sum(dim=-1, dtype=torch.float64)
+        found += [on_sinks, first.where(~is_sink, 0).sum(dim=-1, dtype=torch.float64) + rest]
+    return found[0], found[1], found[2], found[3]
 
 
 class _Masses:

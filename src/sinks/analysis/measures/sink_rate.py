@@ -7,7 +7,7 @@ of heads, not of attention, and means nothing without epsilon, T, and where BOS 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinks.analysis.inputs import MOVED_TO, Condition, alike, bos_of, dressed
 from sinks.analysis.probe import probe, read
+from sinks.errors import InvalidInput
 from sinks.kernels.lens import Sight
+from sinks.kernels.summary import summary as summaries
+from sinks.kernels.summary.summary import Summary
 from sinks.reading.estimate import Estimate, estimate
 from sinks.types import Listener, Stage, ignore, unwatched
 
@@ -27,6 +30,8 @@ EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 FIRST = 16
 """Keys whose importance is kept for every head."""
+LONG = 16_384
+"""Tokens of a text from which on only the first keys are kept: on a GPU all others cost a second pass."""
 FEW = 4
 COMMON = 0.25
 """Share of heads for which a key must pass to count as one of the model's sinks."""
@@ -108,13 +113,18 @@ class SinkRates:
 class Importance:
     """Collects, by text, layer and head, the mean attention that each key receives from the queries that see it.
 
-    Feed it batches of texts of one length, without pads: `probe(model, see=collector.see)`, then `close` after each
-    batch. `sink` is the key whose share of later queries' attention is wanted. Keeps texts x layers x heads x keys
-    numbers, in float64.
+    Feed it batches of texts of one length, without pads: `probe(model, see=collector.see, sum_up=collector.sum_up)`,
+    then `close` after each batch. `sink` is the key whose share of later queries' attention is wanted, `kept` how many
+    of the first keys are (None: all, which on a GPU takes a second pass over queries and keys). Keeps texts x layers x
+    heads x kept numbers.
+
+    Raises InvalidInput where the sink is not among the keys that are kept.
     """
 
-    def __init__(self, tokens: int, sink: int = 0) -> None:
-        self.tokens, self.sink = tokens, sink
+    def __init__(self, tokens: int, sink: int = 0, kept: int | None = None) -> None:
+        self.tokens, self.sink, self.kept = tokens, sink, min(kept or tokens, tokens)
+        if not 0 <= sink < self.kept:
+            raise InvalidInput(f"sink={sink} is not among the {self.kept} keys that are kept")
         self._received: dict[tuple[int, int], Tensor] = {}
         self._on_sink: dict[tuple[int, int], Tensor] = {}
         self._on_four: dict[tuple[int, int], Tensor] = {}
@@ -124,27 +134,47 @@ class Importance:
 
     def see(self, sight: Sight) -> None:
         """Add one block."""
-        view, real = sight.view, sight.view.keys[0] >= 0  # a key that a lens has added is nobody's token
-        keys = view.keys[0][real]
-        received = sight.received()[..., real]  # summed in the model's own precision: half the memory on long texts
+        view, keys = sight.view, sight.view.keys[0]
+        real = keys >= 0  # a key that a lens has added is nobody's token
+        kept = real & (keys < self.kept)
+        received = sight.received()[..., kept]  # summed in the model's own precision: half the memory on long texts
         on_sink = self._later(sight, torch.tensor([self.sink]), self.sink + 1)
         on_four = self._later(sight, torch.arange(FEW), FEW)
         for index, head in enumerate(view.heads):
             place = (view.layer, head)
-            sums = self._received.setdefault(place, received.new_zeros(len(received), self.tokens))
-            sums.index_add_(1, keys, received[:, index])
+            sums = self._received.setdefault(place, received.new_zeros(len(received), self.kept))
+            sums.index_add_(1, keys[kept], received[:, index].to(sums.dtype))
             self._on_sink[place] = self._on_sink.get(place, 0) + on_sink[:, index]
             self._on_four[place] = self._on_four.get(place, 0) + on_four[:, index]
         if view.heads.start == 0 and not self._batches:  # who sees whom is the same for every head and text
             visible = (sight.scores[0, 0][:, real] > -torch.inf).double()
             for sums, share in ((self._seen, visible), (self._floor, visible / visible.sum(dim=-1, keepdim=True))):
-                total = sums.setdefault(view.layer, visible.new_zeros(self.tokens))
-                total.index_add_(0, keys, share.sum(dim=0))
+                total = sums.setdefault(view.layer, visible.new_zeros(self.kept))
+                total.index_add_(0, keys[kept], share[:, kept[real]].sum(dim=0))
 
     def _later(self, sight: Sight, keys: Tensor, first: int) -> Float[Tensor, "batch heads"]:
         """Weight on `keys` together, summed over the queries from position `first` on."""
         later = (sight.view.queries >= first).double()
         return torch.einsum("bhqw,bq->bh", sight.on(keys.to(later.device)).double(), later)
+
+    @property
+    def sum_up(self) -> Callable[[Summary], None] | None:
+        """Adds one layer's summary; None where the sink is none of the keys that a summary knows one by one."""
+        return self._sum_up if self.sink < summaries.FIRST else None
+
+    def _sum_up(self, summary: Summary) -> None:
+        first = summary.first_received
+        received = _filled(first if self.kept <= summaries.FIRST else summary.received, self.kept)
+        on_sink = first[..., self.sink] - _early(summary, self.sink, self.sink + 1)  # but for its own query
+        on_four = first[..., :FEW].sum(dim=-1) - _early(summary, 0, FEW)
+        for sums, more in ((self._received, received), (self._on_sink, on_sink), (self._on_four, on_four)):
+            for head in range(more.shape[1]):
+                place = (summary.layer, head)
+                sums[place] = sums[place] + more[:, head] if place in sums else more[:, head]
+        if not self._batches:
+            shares = (1 / summary.visible.double()).flip(0).cumsum(dim=0).flip(0)
+            for sums, more in ((self._seen, summary.visible.double().flip(0)), (self._floor, shares)):
+                sums[summary.layer] = sums.get(summary.layer, 0) + _filled(more, self.kept)
 
     def close(self) -> None:
         """End a batch."""
@@ -162,7 +192,7 @@ class Importance:
 
     @property
     def alpha(self) -> Float[np.ndarray, "texts layers heads keys"]:
-        """Importance: the mean over the queries that see a key; 0 for a key that nobody sees."""
+        """Importance of the keys that are kept: the mean over the queries that see one; 0 where nobody does."""
         return self.received / np.maximum(self.seen[:, None, :], 1)
 
     @property
@@ -186,6 +216,16 @@ class Importance:
         return np.concatenate([batch[2] for batch in self._batches]) / (self.tokens - FEW)
 
 
+def _filled(sums: Float[Tensor, "*places some"], count: int) -> Float[Tensor, "*places count"]:
+    """The first `count` sums, zeros where there are fewer."""
+    return torch.nn.functional.pad(sums[..., :count], (0, max(count - sums.shape[-1], 0)))
+
+
+def _early(summary: Summary, begin: int, end: int) -> Float[Tensor, "batch heads"]:
+    """Weight that the keys from `begin` to `end` have among themselves."""
+    return summary.first[:, :, begin:end, begin:end].sum(dim=(2, 3), dtype=torch.float64)
+
+
 def _by_layer(sums: Mapping[int, Tensor]) -> Float[np.ndarray, "layers keys"]:
     return torch.stack([sums[layer] for layer in sorted(sums)]).cpu().numpy()
 
@@ -206,6 +246,13 @@ class Prefixes:
         for index, head in enumerate(view.heads):
             place = (view.layer, head)
             self._weights.setdefault(place, weights.new_zeros(len(weights), self.tokens))[:, rows] = weights[:, index]
+
+    def sum_up(self, summary: Summary) -> None:
+        """Add one layer."""
+        # A view would keep the weights on all of the first keys.
+        on_first = _filled(summary.first[..., 0].clone(), self.tokens)
+        for head in range(on_first.shape[1]):
+            self._weights[summary.layer, head] = on_first[:, head]
 
     def close(self) -> None:
         """End a batch."""
@@ -275,15 +322,17 @@ def measure_encoder(
 def collect(
     model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], sink: int, listen: Listener = ignore
 ) -> Importance:
-    """The importance of every key in dense passes over inputs of one length, some at a time; `listen` hears tokens.
+    """The importance of keys in dense passes over inputs of one length, some at a time; `listen` hears tokens.
+
+    Of every key, or of the first 16 where there are more than `LONG`.
 
     `inputs` are token ids `[texts, tokens]`, or named inputs of a model that takes others.
     """
     named = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     tokens = tokens_of(model, named)
-    found = Importance(tokens, sink)
+    found = Importance(tokens, sink, None if tokens <= LONG else FIRST)
     size = max(1, BATCH_TOKENS // tokens)
-    with probe(model, see=found.see):
+    with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in zip(*(value.split(size) for value in named.values()), strict=True):
             read(model, dict(zip(named, batch, strict=True)))
             found.close()
@@ -347,7 +396,7 @@ def by_length(
     In layers with a window of their own, the queries that no longer see key 0 count as giving it nothing.
     """
     found = Prefixes(ids.shape[1])
-    with probe(model, see=found.see):
+    with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
             read(model, batch)
             found.close()
