@@ -30,9 +30,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sinks.analysis.measures.entropy import Bins, ends_of
+from sinks.analysis.measures.entropy import ends_of
+from sinks.analysis.measures.importance import Importance, Prefixes
 from sinks.analysis.measures.massive import HeadNorms, States
-from sinks.analysis.measures.sink_rate import FIRST, Importance, Prefixes
+from sinks.analysis.measures.rows import Bins
+from sinks.analysis.measures.sink_rate import FIRST
 from sinks.analysis.probe import probe, read
 from sinks.assets.texts import read_text
 from sinks.models.load import load

@@ -29,6 +29,8 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/step.py::_finish", "parameters", 16, POINTERS),
     Allowed("src/sinks/kernels/device/step.py::_write", "parameters", 13, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
+    Allowed("src/sinks/kernels/summary/columns.py::_columns", "parameters", 11, POINTERS),
+    Allowed("src/sinks/kernels/summary/forward.py::_forward", "parameters", 13, POINTERS),
     Allowed(
         "src/sinks/stream/session.py::Session.open",
         "parameters",
