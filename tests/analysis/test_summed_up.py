@@ -49,7 +49,7 @@ def summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(name: str = "llama", layers: int = 2) -> PreTrainedModel:
-    few = {"num_attention_heads": 2, "num_key_value_heads": 1}  # interpreted, every head takes its time
+    few: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}  # interpreted, every head takes its time
     model = build(name, layers=layers, dtype=DTYPE, head_dim=64, **few)
     return cast(Any, model).to(DEVICE)
 
