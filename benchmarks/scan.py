@@ -11,7 +11,7 @@ alone, so that nothing is loaded.
 
 On a GPU what each key received costs a second pass over queries and keys, so there it is timed with and without, and
 so are the parts. "first keys" is what a scan has on texts of more than 16,384 tokens: every statistic, but importance
-for the first 16 keys only.
+for the first 16 keys only. "first half" has it for the keys that "sink anywhere" asks for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sinks.analysis.measures.entropy import ends_of
 from sinks.analysis.measures.importance import Importance, Prefixes
 from sinks.analysis.measures.massive import HeadNorms, States
 from sinks.analysis.measures.rows import Bins
-from sinks.analysis.measures.sink_rate import FIRST
+from sinks.analysis.measures.sink_rate import FIRST, LENGTHS
 from sinks.analysis.probe import probe, read
 from sinks.assets.texts import read_text
 from sinks.models.load import load
@@ -56,22 +56,26 @@ SHAPE = LlamaConfig(
 
 @dataclass(frozen=True)
 class Watch:
-    """Which statistics are on: attention's, with importance for the first `kept` keys (None: all), and the state's.
+    """Which statistics are on: attention's, with importance for the `kept` keys (see `KEPT`), and the state's.
 
     `bare` looks at attention and takes nothing from it, so that the price of looking stands alone.
     """
 
     attention: bool = True
     state: bool = True
-    kept: int | None = None
+    kept: str = "all keys"
     bare: bool = False
 
 
+KEPT: dict[str, Callable[[int], int]] = {
+    "all keys": lambda tokens: tokens,
+    "first half": lambda tokens: tokens // 2,
+    "first keys": lambda tokens: FIRST,
+}
 ALL = {"all keys": Watch()}
-PARTS = ALL | {
-    "first keys": Watch(kept=FIRST),
+PARTS = {name: Watch(kept=name) for name in KEPT} | {
     "bare look": Watch(attention=False, state=False, bare=True),
-    "attention, first keys": Watch(state=False, kept=FIRST),
+    "attention, first keys": Watch(state=False, kept="first keys"),
     "residual stream, keys and values": Watch(attention=False),
 }
 
@@ -83,7 +87,10 @@ def watched(model: PreTrainedModel, tokens: int, on: Watch, stack: ExitStack) ->
     if on.bare:
         stack.enter_context(probe(model, see=_ignore, sum_up=_ignore))
     if on.attention:
-        rates, prefixes = Importance(tokens, kept=on.kept), Prefixes(tokens)
+        rates, prefixes = (
+            Importance(tokens, kept=KEPT[on.kept](tokens)),
+            Prefixes([length for length in LENGTHS if length <= tokens]),
+        )
         bins = Bins(layers, ends_of(tokens), torch.tensor([0]))
         for collector in (rates, prefixes, bins):
             stack.enter_context(probe(model, see=collector.see, sum_up=collector.sum_up))

@@ -31,6 +31,8 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
     Allowed("src/sinks/kernels/summary/columns.py::_columns", "parameters", 11, POINTERS),
     Allowed("src/sinks/kernels/summary/forward.py::_forward", "parameters", 13, POINTERS),
+    Allowed("src/sinks/kernels/summary/states.py::_count", "parameters", 10, POINTERS),
+    Allowed("src/sinks/kernels/summary/states.py::_settle", "parameters", 10, POINTERS),
     Allowed(
         "src/sinks/stream/session.py::Session.open",
         "parameters",

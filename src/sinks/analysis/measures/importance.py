@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Importance:
 
     def _sum_up(self, summary: Summary) -> None:
         first = summary.first_received
-        received = _filled(first if self.kept <= FIRST else summary.received, self.kept)
+        received = _filled(first if self.kept <= FIRST else summary.received(self.kept), self.kept)
         on_sink = first[..., self.sink] - _early(summary, self.sink, self.sink + 1)  # but for its own query
         on_four = first[..., :FEW].sum(dim=-1) - _early(summary, 0, FEW)
         for sums, more in ((self._received, received), (self._on_sink, on_sink), (self._on_four, on_four)):
@@ -138,35 +138,53 @@ def _by_layer(sums: Mapping[int, Tensor]) -> Float[np.ndarray, "layers keys"]:
 
 
 class Prefixes:
-    """Collects the attention on key 0 of every query, so that each prefix of a text gives its own importance."""
+    """Collects the attention on key 0, so that each prefix of a text, of `lengths` tokens, gives its own importance.
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._weights: dict[tuple[int, int], Tensor] = {}
+    `close` after each batch. Keeps texts x layers x heads x lengths numbers.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self._sums: dict[tuple[int, int], Tensor] = {}
         self._batches: list[np.ndarray] = []
 
     def see(self, sight: Sight) -> None:
         """Add one block."""
         view = sight.view
-        weights = sight.on(view.queries.new_zeros(1))[..., 0]
-        rows = slice(int(view.queries[0, 0]), int(view.queries[0, -1]) + 1)
-        for index, head in enumerate(view.heads):
-            place = (view.layer, head)
-            self._weights.setdefault(place, weights.new_zeros(len(weights), self.tokens))[:, rows] = weights[:, index]
+        queries = view.queries
+        on_first = sight.on(queries.new_zeros(1))[..., 0].double()
+        # The first query is a prefix of its own, which is in all others.
+        ends = torch.tensor((1, *self.lengths), device=queries.device)
+        inside = ((queries >= 0)[..., None] & (queries[..., None] < ends)).double()
+        self._add(view.layer, view.heads, torch.einsum("bhq,bqn->bhn", on_first, inside))
 
     def sum_up(self, summary: Summary) -> None:
         """Add one layer."""
-        # A view would keep the weights on all of the first keys.
-        on_first = _filled(summary.first[..., 0].clone(), self.tokens)
-        for head in range(on_first.shape[1]):
-            self._weights[summary.layer, head] = on_first[:, head]
+        runs = runs_of(summary.first[..., 0], (1, *self.lengths))
+        self._add(summary.layer, range(runs.shape[1]), runs.cumsum(dim=-1))
+
+    def _add(self, layer: int, heads: range, sums: Float[Tensor, "batch heads prefixes"]) -> None:
+        for index, head in enumerate(heads):
+            before = self._sums.get((layer, head))
+            self._sums[layer, head] = sums[:, index] if before is None else before + sums[:, index]
 
     def close(self) -> None:
         """End a batch."""
-        places = sorted(self._weights)
-        self._batches.append(torch.stack([self._weights.pop(place) for place in places], dim=1).cpu().numpy())
+        places = sorted(self._sums)
+        self._batches.append(torch.stack([self._sums.pop(place) for place in places], dim=1).cpu().numpy())
 
     @property
-    def weights(self) -> Float[np.ndarray, "texts layers_times_heads queries"]:
-        """Attention of every query on key 0."""
-        return np.concatenate(self._batches).astype(np.float64)
+    def sums(self) -> Float[np.ndarray, "texts layers_times_heads prefixes"]:
+        """Attention on key 0, summed over the queries of each prefix: the first query alone, then `lengths`."""
+        return np.concatenate(self._batches)
+
+
+def runs_of(values: Float[Tensor, "*places queries"], ends: Sequence[int]) -> Float[Tensor, "*places runs"]:
+    """Sums over runs of neighbouring queries, each up to one of the rising `ends`, in float64.
+
+    Run by run: a sum over all of them at once, such as a scan or a product with ones, reads rows that are few and long
+    by few programs.
+    """
+    begins = (0, *ends[:-1])
+    sums = [values[..., begin:end].sum(dim=-1, dtype=torch.float64) for begin, end in zip(begins, ends, strict=True)]
+    return torch.stack(sums, dim=-1)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinks.analysis.probe import Residual, probe, read
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.kernels.lens import Arrival
+from sinks.kernels.summary import states
 from sinks.models.observe import blocks_of
 from sinks.types import Stage, unwatched
 
@@ -33,9 +34,6 @@ LARGEST = 4
 
 OUTLIER_DEVIATIONS = 3.0
 """A token is an outlier if its norm is this many standard deviations over the mean of its text."""
-
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-"""Integers as wide as a number: those of numbers of at least 0 are in the same order."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,8 @@ def measure(
     texts = len(next(iter(named.values())))
     each = 1 if ids is None else ids.shape[1]
     listen = stage("massive activations", texts * each)
-    states, heads = States(sink), HeadNorms(sink)
-    with probe(model, arrive=heads.arrive, residual=states.residual):
+    depths, heads = States(sink), HeadNorms(sink)
+    with probe(model, arrive=heads.arrive, residual=depths.residual):
         for part in _batches(named, texts, batch):
             read(model, part)
             listen(each * len(next(iter(part.values()))))
@@ -131,27 +129,27 @@ def measure(
         raise UnsupportedModel(
             f"{model.config.model_type} showed none of its attention: attach(model) first, if it can stream"
         )
-    found = states.finished()
+    found = depths.finished()
     place = found["places"][..., 0]
     alive = (found["largest"] >= ALIVE_MEDIANS * found["median"]) & (found["length"] >= ALIVE_NORMS)
     flagged = (found["largest"] > FLAG) & (found["largest"] >= FLAG_MEDIANS * found["median"])
     ratios = [heads.ratio(which, len(blocks_of(model))) for which in ("value", "key")]
     return Massive(
         texts=texts,
-        tokens=states.tokens,
+        tokens=depths.tokens,
         sink=sink,
-        fixed=states.fixed(),
+        fixed=depths.fixed(),
         largest=found["largest"],
         median=found["median"],
-        position=place // states.width,
-        dim=place % states.width,
+        position=place // depths.width,
+        dim=place % depths.width,
         flagged=flagged.mean(axis=0),
         first_norm=found["sink_norm"].sum(axis=0) / found["rest_norm"].sum(axis=0),
         kurtosis_first=found["sink_kurtosis"].mean(axis=0),
         kurtosis_rest=found["rest_kurtosis"].mean(axis=0),
         value_ratio=ratios[0],
         key_ratio=ratios[1],
-        peaks=_peaks(found, states.width, ids, tokenizer),
+        peaks=_peaks(found, depths.width, ids, tokenizer),
         lives=lives(alive.mean(axis=0) >= 0.5),
         outliers=found["outliers"].mean(axis=0),
     )
@@ -202,24 +200,28 @@ class States:
     def residual(self, residual: Residual) -> None:
         """Take down one depth of one batch of texts."""
         hidden = residual.hidden
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         _, self.tokens, self.width = hidden.shape
-        self.dtype = residual.hidden.dtype
+        self.dtype = hidden.dtype
         _check_sink(self.sink, self.tokens)
-        self._found.setdefault(residual.depth, []).append(self._of(hidden) | {"median": medians(residual.hidden)})
-        self._ends.setdefault(residual.depth, []).append(hidden[:, self.sink].clone())  # a view would keep it all
+        self._found.setdefault(residual.depth, []).append(self._of(hidden))
+        self._ends.setdefault(residual.depth, []).append(_wide(hidden[:, self.sink]).clone())  # a view would keep all
 
     def _of(self, hidden: Float[Tensor, "texts tokens width"]) -> dict[str, Tensor]:
-        numbers = hidden.flatten(1)
-        places = _largest(hidden)
-        norms = torch.linalg.vector_norm(hidden, dim=-1).double()
-        kurtosis = _kurtosis_share(hidden)
+        if states.takes(hidden):
+            by_token, norms, kurtosis = states.token_figures(hidden).unbind(0)
+            median = states.medians(hidden)
+        else:
+            wide = _wide(hidden)
+            by_token, norms = wide.abs().amax(dim=-1), torch.linalg.vector_norm(wide, dim=-1)
+            kurtosis, median = _kurtosis_share(wide), medians(hidden)
+        places, values = _largest(hidden, by_token)
+        norms, kurtosis = norms.double(), kurtosis.double()
         sink_norm, rest_norm = self._apart(norms)
         sink_kurtosis, rest_kurtosis = self._apart(kurtosis)
         host = norms.gather(1, places[:, :1] // self.width)[:, 0]
         over = norms.mean(dim=1, keepdim=True) + OUTLIER_DEVIATIONS * norms.std(dim=1, keepdim=True, correction=0)
         return {
-            "values": numbers.gather(1, places).double(),
+            "values": values.double(),
             "places": places,
             "length": host * (self.tokens - 1) / (norms.sum(dim=1) - host),
             "sink_norm": sink_norm,
@@ -227,6 +229,7 @@ class States:
             "sink_kurtosis": sink_kurtosis,
             "rest_kurtosis": rest_kurtosis,
             "outliers": (norms > over).double().mean(dim=1),
+            "median": median,
         }
 
     def _apart(self, by_token: Float[Tensor, "texts tokens"]) -> tuple[Tensor, Tensor]:
@@ -261,23 +264,30 @@ class States:
         return all(bool(((end - end[0]).norm(dim=-1) <= near * end[0].norm()).all()) for end in ends)
 
 
-def _largest(hidden: Float[Tensor, "texts tokens width"]) -> Int[Tensor, "texts some_numbers"]:
-    """Places in the flattened text of its largest magnitudes, falling: they are among the tokens with the largest."""
+def _wide(hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places width"]:
+    """At least float32."""
+    return hidden if hidden.dtype == torch.float64 else hidden.float()
+
+
+def _largest(
+    hidden: Float[Tensor, "texts tokens width"], by_token: Float[Tensor, "texts tokens"]
+) -> tuple[Int[Tensor, "texts some_numbers"], Float[Tensor, "texts some_numbers"]]:
+    """Places in the flattened text of its largest magnitudes, falling, and what stands there.
+
+    They are among the tokens with the largest, of which `by_token` is each one's.
+    """
     width = hidden.shape[-1]
-    by_token = hidden.abs().amax(dim=-1)
     tokens = by_token.topk(min(LARGEST, by_token.shape[1]), dim=1).indices.sort(dim=1).values
-    candidates = hidden.gather(1, tokens[..., None].expand(-1, -1, width)).abs().flatten(1)
-    found = candidates.topk(LARGEST, dim=1).indices
-    return tokens.gather(1, found // width) * width + found % width
+    candidates = hidden.gather(1, tokens[..., None].expand(-1, -1, width)).flatten(1)
+    found = candidates.abs().topk(LARGEST, dim=1).indices
+    return tokens.gather(1, found // width) * width + found % width, candidates.gather(1, found)
 
 
 def medians(hidden: Float[Tensor, "texts ..."]) -> Float[Tensor, " texts"]:
     """The exact median of each text's magnitudes, in float64, the mean of the middle two if their number is even."""
     magnitude = hidden.flatten(1).abs()
-    if magnitude.device.type != "cpu":
-        return _medians_by_bits(magnitude)
     magnitude = magnitude if magnitude.dtype == torch.float64 else magnitude.float()  # numpy knows no bfloat16
-    numbers = magnitude.numpy()
+    numbers = magnitude.cpu().numpy()
     half = numbers.shape[1] // 2
     # One pivot is what numpy has a vectorised selection for: twenty times as fast as torch.median, or as two pivots.
     parted = np.partition(numbers, half, axis=1)
@@ -287,32 +297,13 @@ def medians(hidden: Float[Tensor, "texts ..."]) -> Float[Tensor, " texts"]:
     return torch.from_numpy(upper)
 
 
-def _medians_by_bits(magnitude: Float[Tensor, "texts numbers"]) -> Float[Tensor, " texts"]:
-    """The same by bisection over the bits, for numbers of at least 0, whose bits are in their order: on a GPU.
-
-    A pass over the numbers for each bit, and the host waits for none; sorting would take ten times as long.
-    """
-    bits = magnitude.view(BITS[magnitude.dtype])
-    half = bits.shape[1] // 2
-    upper = torch.zeros_like(bits[:, :1])  # the largest number that at most `half` numbers lie below
-    for bit in reversed(range(8 * bits.element_size() - 1)):
-        tried = upper | (1 << bit)
-        upper = torch.where((bits < tried).sum(dim=1, keepdim=True) <= half, tried, upper)
-    found = upper.view(magnitude.dtype).double()[:, 0]
-    if bits.shape[1] % 2:
-        return found
-    below = bits < upper
-    lower = torch.where(below.sum(dim=1) < half, upper[:, 0], bits.where(below, 0).amax(dim=1))
-    return (found + lower[:, None].view(magnitude.dtype).double()[:, 0]) / 2
-
-
 def _kurtosis_share(hidden: Float[Tensor, "texts tokens width"]) -> Float[Tensor, "texts tokens"]:
     """Kurtosis over the width as a share of its maximum; tokens without any variance have none (0)."""
     squares = (hidden - hidden.mean(dim=-1, keepdim=True)).square_()
     variance = squares.mean(dim=-1, keepdim=True)
     squares /= variance.clamp(min=torch.finfo(hidden.dtype).tiny)
     width = hidden.shape[-1]
-    return squares.square_().mean(dim=-1).double() / (width - 2 + 1 / (width - 1))
+    return squares.square_().mean(dim=-1) / (width - 2 + 1 / (width - 1))
 
 
 class HeadNorms:

@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinks.analysis.measures.importance import runs_of
 from sinks.kernels.lens import Sight
 from sinks.kernels.summary.summary import FIRST, Summary
 
@@ -128,18 +129,13 @@ class Means:
         self._count(sight.view.layer, sight.view.heads, sums, counts)
 
     def add_runs(
-        self,
-        layer: int,
-        values: Float[Tensor, "statistics batch heads queries"],
-        last: Int[Tensor, " divisions"],
+        self, layer: int, values: Float[Tensor, "statistics batch heads queries"], ends: Sequence[int]
     ) -> None:
-        """The same for all queries of a layer in order, where division d ends with query `last[d]`."""
+        """The same for all queries of a layer in order, where the divisions are runs of neighbours up to `ends`."""
         known = ~values.isnan()
-        ended = []
-        for each in (values.where(known, 0), known.double()):
-            run = each.sum(dim=1).cumsum(dim=-1)[..., last]
-            ended.append(run.diff(dim=-1, prepend=torch.zeros_like(run[..., :1])).transpose(0, 1))
-        self._count(layer, range(values.shape[2]), ended[0], ended[1])
+        both = torch.stack((values.where(known, 0), known.to(values.dtype))).sum(dim=2)
+        sums, counts = runs_of(both, ends).transpose(1, 2)
+        self._count(layer, range(values.shape[2]), sums, counts)
 
     def _count(self, layer: int, heads: range, sums: Tensor, counts: Tensor) -> None:
         for index, head in enumerate(heads):
@@ -167,7 +163,6 @@ class Bins:
         self.layers, self.ends, self.sink = layers, ends, sink
         self._means = Means()
         self._along = None if stream is None else torch.zeros(2, *stream, dtype=torch.float64)
-        self._there: tuple[Tensor, Tensor] | None = None
 
     def see(self, sight: Sight) -> None:
         """Count one block."""
@@ -186,21 +181,17 @@ class Bins:
     @property
     def sum_up(self) -> Callable[[Summary], None] | None:
         """Counts one layer's summary; None for a stream, and where it does not know the sink keys one by one."""
-        return None if self._along is not None or int(self.sink.max()) >= FIRST else self._sum_up
+        return None if self._along is not None or bool((self.sink >= FIRST).any()) else self._sum_up
 
     def _sum_up(self, summary: Summary) -> None:
-        if self._there is None:  # once: what is not on the device is waited for
-            is_sink = torch.isin(torch.arange(FIRST), self.sink)
-            self._there = (is_sink.to(summary.first.device), torch.from_numpy(self.ends - 1).to(summary.first.device))
-        is_sink, last = self._there
-        sink_mass, left, on_sink, rest = _apart(summary, is_sink)
-        outcomes = summary.visible.double()
+        sink_mass, left, on_sink, rest = _apart(summary, self.sink.tolist())
+        outcomes = summary.visible.float()
         entropy = on_sink + rest
         normalised = torch.where(outcomes > 1, entropy / outcomes.clamp(min=2).log(), torch.nan)
         # The rest's weights made to sum to one: -sum (p / left) log(p / left).
         without = torch.where(left > 0, (left.log() + rest / left).clamp(min=0), torch.nan)
-        values = torch.stack((entropy, normalised, without, sink_mass))
-        self._means.add_runs(summary.layer, values, last.clamp(max=summary.queries - 1))
+        ends = [min(end, summary.queries) for end in self.ends[:-1].tolist()] + [summary.queries]
+        self._means.add_runs(summary.layer, torch.stack((entropy, normalised, without, sink_mass)), ends)
 
     def profile(self, name: str) -> Profile:
         """What was seen, as means."""
@@ -213,13 +204,23 @@ class Bins:
         return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _apart(summary: Summary, is_sink: Bool[Tensor, " few"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mass on the sinks, mass on all other keys, and -sum p log p over each, `[batch, heads, queries]` in float64."""
+def _apart(summary: Summary, sinks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mass on the sinks, mass on all other keys, and -sum p log p over each, `[batch, heads, queries]`."""
+    others = [key for key in range(FIRST) if key not in sinks]
     found = []
     for first, rest in ((summary.first, summary.rest), (summary.first_terms, summary.rest_terms)):
-        on_sinks = first.where(is_sink, 0).sum(dim=-1, dtype=torch.float64)
-        found += [on_sinks, first.where(~is_sink, 0).sum(dim=-1, dtype=torch.float64) + rest]
+        on_sinks, on_others = (_total(first, keys) for keys in (sinks, others))
+        found += [on_sinks, on_others + rest]
     return found[0], found[1], found[2], found[3]
+
+
+def _total(first: Float[Tensor, "batch heads queries few"], keys: Sequence[int]) -> Tensor:
+    """Sum over some of the first keys; where they are neighbours nothing is copied, and nothing waited for."""
+    if not keys:
+        return torch.zeros_like(first[..., 0])
+    if list(keys) == list(range(keys[0], keys[-1] + 1)):
+        return first[..., keys[0] : keys[-1] + 1].sum(dim=-1)
+    return first[..., torch.tensor(keys, device=first.device)].sum(dim=-1)
 
 
 class Masses:

@@ -23,7 +23,7 @@ from sinks.types import Listener, Stage, ignore, unwatched
 
 EPSILON = 0.3
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = tuple(2**power for power in range(4, 21))
 FIRST = 16
 """Keys whose importance is kept for every head."""
 LONG = 16_384
@@ -160,17 +160,22 @@ def measure_encoder(
 
 
 def collect(
-    model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], sink: int, listen: Listener = ignore
+    model: PreTrainedModel,
+    inputs: Tensor | Mapping[str, Tensor],
+    sink: int,
+    listen: Listener = ignore,
+    *,
+    kept: int | None = None,
 ) -> Importance:
     """The importance of keys in dense passes over inputs of one length, some at a time; `listen` hears tokens.
 
-    Of every key, or of the first 16 where there are more than `LONG`.
+    Of the first `kept` keys; None: of every key, or of the first 16 where there are more than `LONG`.
 
     `inputs` are token ids `[texts, tokens]`, or named inputs of a model that takes others.
     """
     named = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     tokens = tokens_of(model, named)
-    found = Importance(tokens, sink, None if tokens <= LONG else FIRST)
+    found = Importance(tokens, sink, kept or (tokens if tokens <= LONG else FIRST))
     size = max(1, BATCH_TOKENS // tokens)
     with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in zip(*(value.split(size) for value in named.values()), strict=True):
@@ -235,22 +240,21 @@ def by_length(
 
     In layers with a window of their own, the queries that no longer see key 0 count as giving it nothing.
     """
-    found = Prefixes(ids.shape[1])
+    lengths = [length for length in LENGTHS if length <= ids.shape[1]]
+    found = Prefixes(lengths)
     with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
             read(model, batch)
             found.close()
             listen(batch.numel())
-    sums = found.weights.cumsum(axis=-1)
-    lengths = [length for length in LENGTHS if length <= ids.shape[1]]
+    own, *sums = np.moveaxis(found.sums, -1, 0)
+    by = dict(zip(lengths, sums, strict=True))
     return Lengths(
         condition,
         epsilon,
-        rate={length: _over_texts(sums[..., length - 1] / length > epsilon, seed) for length in lengths},
-        mass={
-            length: _over_texts((sums[..., length - 1] - sums[..., 0]) / (length - 1), seed) for length in lengths
-        },
-    )  # fmt: skip
+        rate={length: _over_texts(total / length > epsilon, seed) for length, total in by.items()},
+        mass={length: _over_texts((total - own) / (length - 1), seed) for length, total in by.items()},
+    )
 
 
 def binding(natural: Mapping[str, SinkRate]) -> tuple[str, str]:

@@ -1,1 +1,1 @@
-"""Dense causal attention that says of every query, while it runs, what a lens would otherwise ask whole blocks for."""
+"""What lenses ask for, summed up where it arises: dense causal attention by itself, and the states of its tokens."""

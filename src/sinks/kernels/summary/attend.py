@@ -41,10 +41,10 @@ def attend_summarised(
         packed = [rows.pack(part) for part in (query, key, value)]
         out, figures, first = forward(packed[0], packed[1], packed[2], batch, scoring.scale)
 
-    def received() -> Tensor:
+    def received(kept: int) -> Tensor:
         with on(query.device):
-            sums = columns(packed[0], packed[1], figures[0], batch, scoring.scale)
-        return sums.view(heads, batch, length).transpose(0, 1)
+            sums = columns(packed[0], packed[1], figures[0], (batch, kept), scoring.scale)
+        return sums.transpose(0, 1)
 
     parts = figures.view(-1, heads, batch, length).transpose(1, 2)
     found = Summary(

@@ -22,7 +22,7 @@ class Summary:
     first 16 keys, 0 where it does not see one. All keys behind them are the rest: `rest` is the weight on them
     together, and `rest_entropy` the entropy in nats of their weights once these are made to sum to one, 0 where there
     are none. Both are summed by themselves, so that they keep their digits where the first keys take nearly all.
-    `columns` makes what each key received, in a second pass over queries and keys.
+    `columns(kept)` makes what each of the first keys received, in a second pass over queries and keys.
     """
 
     layer: int
@@ -31,7 +31,7 @@ class Summary:
     first: Float[Tensor, "batch heads queries few"]
     rest: Float[Tensor, "batch heads queries"]
     rest_entropy: Float[Tensor, "batch heads queries"]
-    columns: Callable[[], Tensor]
+    columns: Callable[[int], Tensor]
 
     @property
     def queries(self) -> int:
@@ -63,7 +63,6 @@ class Summary:
         """Weight that each of the first keys received, summed over all queries in float64."""
         return self.first.sum(dim=2, dtype=torch.float64)
 
-    @cached_property
-    def received(self) -> Float[Tensor, "batch heads keys"]:
-        """Weight that each key received, summed over all queries: the second pass, when it is first asked for."""
-        return self.columns()
+    def received(self, kept: int) -> Float[Tensor, "batch heads some_keys"]:
+        """Weight that each of the first `kept` keys received, summed over all queries: the second pass, every time."""
+        return self.columns(min(kept, self.queries))
