@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sinks.analysis.measures.entropy import ends_of
+from sinks.analysis.measures.entropy import NEAR, ends_of
 from sinks.analysis.measures.importance import Importance, Prefixes
 from sinks.analysis.measures.massive import HeadNorms, States
-from sinks.analysis.measures.rows import Bins
+from sinks.analysis.measures.rows import Bins, Masses
 from sinks.analysis.measures.sink_rate import FIRST, LENGTHS
 from sinks.analysis.probe import probe, read
 from sinks.assets.texts import read_text
@@ -58,12 +58,14 @@ SHAPE = LlamaConfig(
 class Watch:
     """Which statistics are on: attention's, with importance for the `kept` keys (see `KEPT`), and the state's.
 
-    `bare` looks at attention and takes nothing from it, so that the price of looking stands alone.
+    `kinds` adds what the kinds of heads are told by, which takes two more passes. `bare` looks at attention and takes
+    nothing from it, so that the price of looking stands alone.
     """
 
     attention: bool = True
     state: bool = True
     kept: str = "all keys"
+    kinds: bool = False
     bare: bool = False
 
 
@@ -74,6 +76,7 @@ KEPT: dict[str, Callable[[int], int]] = {
 }
 ALL = {"all keys": Watch()}
 PARTS = {name: Watch(kept=name) for name in KEPT} | {
+    "first keys, kinds of heads": Watch(kept="first keys", kinds=True),
     "bare look": Watch(attention=False, state=False, bare=True),
     "attention, first keys": Watch(state=False, kept="first keys"),
     "residual stream, keys and values": Watch(attention=False),
@@ -92,8 +95,10 @@ def watched(model: PreTrainedModel, tokens: int, on: Watch, stack: ExitStack) ->
             Prefixes([length for length in LENGTHS if length <= tokens]),
         )
         bins = Bins(layers, ends_of(tokens), torch.tensor([0]))
-        for collector in (rates, prefixes, bins):
+        masses = Masses(torch.tensor([0]), tokens // 2, ((1, 2), (0, NEAR)))
+        for collector in (rates, prefixes, bins, *[masses] * on.kinds):
             stack.enter_context(probe(model, see=collector.see, sum_up=collector.sum_up))
+        finish += [lambda: masses.means(layers)] * on.kinds
         finish += [rates.close, prefixes.close, lambda: bins.profile("dense")]
     if on.state:
         states, norms = States(0), HeadNorms(0)

@@ -17,14 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 from sinks.analysis.measures import massive, sink_rate
 from sinks.analysis.measures.entropy import ends_of
 from sinks.analysis.measures.importance import Importance, Prefixes
-from sinks.analysis.measures.rows import Bins
+from sinks.analysis.measures.rows import Bins, Masses
 from sinks.analysis.measures.sink_rate import collect
 from sinks.analysis.probe import probe, read
 from sinks.errors import InvalidInput
 from sinks.kernels.device.forward import Shape
 from sinks.kernels.lens import Lens
 from sinks.kernels.scoring import Scoring
-from sinks.kernels.summary import columns, forward
+from sinks.kernels.summary import columns, distances, forward
 from sinks.kernels.summary.summary import Summary
 from sinks.models import observe
 from sinks.models.families import base_of
@@ -45,6 +45,7 @@ def summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(observe, "SUMMARISED_ON", ("cpu",))
         monkeypatch.setattr(forward, "SHAPES", {64: Shape(32, 16, 4, 1)})
         monkeypatch.setattr(columns, "SHAPES", {64: Shape(16, 32, 4, 1)})
+        monkeypatch.setattr(distances, "SHAPES", {64: Shape(16, 32, 4, 1)})
 
 
 def model_of(name: str = "llama", layers: int = 2) -> PreTrainedModel:
@@ -118,6 +119,28 @@ def test_entropies_from_summaries_equal_those_of_the_whole_matrix(summed_up: Non
             expected = values[..., begin:end].movedim(1, -1).flatten(2).nanmean(dim=-1).numpy()
             np.testing.assert_allclose(getattr(profile, name)[..., index], expected, atol=WITHIN * 5, err_msg=name)
             begin = end
+
+
+@needs_triton
+@pytest.mark.parametrize("sink", [(0,), (2, 9)])
+def test_where_heads_look_from_summaries_equals_the_whole_matrix(summed_up: None, sink: tuple[int, ...]) -> None:
+    model, ids = model_of(), texts(37)
+    weights = explicit(model, ids).stacked
+    found = Masses(torch.tensor(sink), 7, ((1, 2), (0, 16), (20, 21)))
+    with probe(model, see=no_blocks, sum_up=found.sum_up):
+        read(model, ids)
+    rest = weights.clone()
+    rest[..., list(sink)] = 0
+    away = torch.arange(37)[:, None] - torch.arange(37)
+    wanted = [
+        weights[..., list(sink)].sum(dim=-1),
+        torch.special.entr(weights).sum(dim=-1) / torch.arange(1, 38).log(),
+        (rest * away).sum(dim=-1) / rest.sum(dim=-1),
+        *((rest * within).sum(dim=-1) for within in (away == 1, away < 16, away == 20)),
+    ]
+    for got, values in zip(found.means(2), wanted, strict=True):
+        expected = values[..., 7:].mean(dim=(1, 3)).numpy()
+        assert np.abs(got - expected).max() < WITHIN * (1 + expected.max())
 
 
 @needs_triton

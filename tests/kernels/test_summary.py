@@ -9,7 +9,7 @@ from torch import Tensor
 from sinks.errors import UnsupportedOption
 from sinks.kernels.device.forward import Shape
 from sinks.kernels.scoring import Scoring
-from sinks.kernels.summary import columns, forward
+from sinks.kernels.summary import columns, distances, forward
 from sinks.kernels.summary.attend import attend_summarised
 from sinks.kernels.summary.summary import FIRST
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
@@ -41,7 +41,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, tiles are small, so that a short text has many."""
     if not HAS_GPU:
         monkeypatch.setattr(forward, "SHAPES", {64: Shape(32, 16, 4, 1), 128: Shape(16, 32, 4, 1)})
-        monkeypatch.setattr(columns, "SHAPES", {64: Shape(32, 16, 4, 1), 128: Shape(16, 32, 4, 1)})
+        for walk in (columns, distances):
+            monkeypatch.setattr(walk, "SHAPES", {64: Shape(32, 16, 4, 1), 128: Shape(16, 32, 4, 1)})
 
 
 def heads_of(case: Case, spread: float = 1.0) -> list[Tensor]:
@@ -72,6 +73,7 @@ def check(case: Case, spread: float) -> None:
     assert summary.layer == 5 and summary.queries == case[0]
     first = torch.nn.functional.pad(weights[..., :FIRST], (0, max(FIRST - case[0], 0)))
     rest, counts = weights[..., FIRST:], torch.arange(1, case[0] + 1)
+    away = counts[:, None] - counts
     for name, got, want in (
         ("log_sum_exp", summary.log_sum_exp, log_sum_exp),
         ("maximum", summary.maximum, weights.amax(dim=-1)),
@@ -80,6 +82,10 @@ def check(case: Case, spread: float) -> None:
         ("rest_entropy", summary.rest_entropy, entropy_of_rest(rest)),
         ("entropy", summary.entropy, torch.special.entr(weights).sum(dim=-1)),
         ("received", summary.received(case[0]) / counts.flip(0).to(DEVICE), weights.sum(dim=-2) / counts.flip(0)),
+        ("at distance 1", summary.at_distance(1, 2), (weights * (away == 1)).sum(dim=-1)),
+        ("near", summary.at_distance(0, 21), (weights * (away < 21)).sum(dim=-1)),
+        ("far", summary.at_distance(30, 95), (weights * ((away >= 30) & (away < 95))).sum(dim=-1)),
+        ("reach", summary.reach(), (rest * away[:, FIRST:]).sum(dim=-1)),
         ("first_received", summary.first_received / case[0], first.sum(dim=2) / case[0]),
     ):
         assert got.shape == want.shape, name

@@ -30,6 +30,7 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     Allowed("src/sinks/kernels/device/step.py::_write", "parameters", 13, POINTERS),
     Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
     Allowed("src/sinks/kernels/summary/columns.py::_columns", "parameters", 11, POINTERS),
+    Allowed("src/sinks/kernels/summary/distances.py::_distances", "parameters", 12, POINTERS),
     Allowed("src/sinks/kernels/summary/forward.py::_forward", "parameters", 13, POINTERS),
     Allowed("src/sinks/kernels/summary/states.py::_count", "parameters", 10, POINTERS),
     Allowed("src/sinks/kernels/summary/states.py::_settle", "parameters", 10, POINTERS),

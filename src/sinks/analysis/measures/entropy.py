@@ -144,10 +144,10 @@ def measure(
 
     dense = Bins(layers, ends_of(tokens), sink)
     masses = Masses(sink, tokens // 2, ((1, 2), (0, NEAR)))
-    with probe(model, see=dense.see), probe(model, see=masses.see):
+    with probe(model, see=dense.see, sum_up=dense.sum_up), probe(model, see=masses.see, sum_up=masses.sum_up):
         _read(model, ids, batch, listen)
     copies = Masses(sink, repeated.shape[1] - distance - 1, ((distance, distance + 1),))
-    with probe(model, see=copies.see):
+    with probe(model, see=copies.see, sum_up=copies.sum_up):
         _read(model, repeated, batch, listen)
     heads = _heads(masses.means(layers), copies.means(layers))
     profiles, folklore = [dense.profile("dense attention")], []

@@ -185,9 +185,8 @@ class Bins:
 
     def _sum_up(self, summary: Summary) -> None:
         sink_mass, left, on_sink, rest = _apart(summary, self.sink.tolist())
-        outcomes = summary.visible.float()
         entropy = on_sink + rest
-        normalised = torch.where(outcomes > 1, entropy / outcomes.clamp(min=2).log(), torch.nan)
+        normalised = _normalised(entropy, summary)
         # The rest's weights made to sum to one: -sum (p / left) log(p / left).
         without = torch.where(left > 0, (left.log() + rest / left).clamp(min=0), torch.nan)
         ends = [min(end, summary.queries) for end in self.ends[:-1].tolist()] + [summary.queries]
@@ -202,6 +201,12 @@ class Bins:
         """Normalised entropy at every position of every segment, mean over layers and heads; NaN: none."""
         sums, counts = (torch.zeros(2, 0, 0) if self._along is None else self._along).numpy()
         return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _normalised(entropy: Float[Tensor, "batch heads queries"], summary: Summary) -> Tensor:
+    """Entropy over the log of how many keys a query sees; NaN where it sees one."""
+    seen = summary.visible.float()
+    return torch.where(seen > 1, entropy / seen.clamp(min=2).log(), torch.nan)
 
 
 def _apart(summary: Summary, sinks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,6 +243,30 @@ class Masses:
         rows = Rows(sight, self.sink)
         masses = [rows.at_distance(*distances) for distances in self.distances]
         self._means.add(sight, torch.stack((rows.sink_mass, rows.normalised, rows.mean_distance, *masses)), into)
+
+    @property
+    def sum_up(self) -> Callable[[Summary], None] | None:
+        """Counts one layer's summary; None where it does not know the sink keys one by one."""
+        return None if bool((self.sink >= FIRST).any()) else self._sum_up
+
+    def _sum_up(self, summary: Summary) -> None:
+        if self.first >= summary.queries:
+            return
+        sinks, query = self.sink.tolist(), torch.arange(summary.queries, device=summary.first.device)
+        sink_mass, left, on_sink, rest = _apart(summary, sinks)
+        normalised = _normalised(on_sink + rest, summary)
+        reach = summary.reach()
+        masses = [summary.at_distance(*distances) for distances in self.distances]
+        for key in range(FIRST):
+            weight, distance = summary.first[..., key], (query - key).clamp(min=0)
+            if key not in sinks:
+                reach = reach + weight * distance
+                continue
+            for index, (least, most) in enumerate(self.distances):  # what stands at a distance includes the sinks
+                masses[index] = masses[index] - weight * ((distance >= least) & (distance < most) & (query >= key))
+        mean_distance = torch.where(left > 0, reach / left, torch.nan)
+        values = torch.stack((sink_mass, normalised, mean_distance, *masses))
+        self._means.add_runs(summary.layer, values[..., self.first :], [summary.queries - self.first])
 
     def means(self, layers: int) -> Float[np.ndarray, "statistics layers some_heads"]:
         """Sink mass, normalised entropy, mean distance, and the mass at each of the distances."""

@@ -11,6 +11,7 @@ from sinks.kernels.device.language import on
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.scoring import Scoring
 from sinks.kernels.summary.columns import columns
+from sinks.kernels.summary.distances import mass_at, rest_reach
 from sinks.kernels.summary.forward import forward
 from sinks.kernels.summary.summary import FIRST, Summary
 
@@ -46,6 +47,17 @@ def attend_summarised(
             sums = columns(packed[0], packed[1], figures[0], (batch, kept), scoring.scale)
         return sums.transpose(0, 1)
 
+    def mass_of(least: int, most: int) -> Tensor:
+        with on(query.device):
+            return in_batch(mass_at(packed[0], packed[1], figures[0], batch, scoring.scale, (least, most)))
+
+    def reach() -> Tensor:
+        with on(query.device):
+            return in_batch(rest_reach(packed[0], packed[1], figures[0], batch, scoring.scale))
+
+    def in_batch(sums: Tensor) -> Tensor:
+        return sums.view(heads, batch, length).transpose(0, 1)
+
     parts = figures.view(-1, heads, batch, length).transpose(1, 2)
     found = Summary(
         layer=layer,
@@ -55,5 +67,7 @@ def attend_summarised(
         rest=parts[2],
         rest_entropy=parts[3],
         columns=received,
+        at_distance=mass_of,
+        reach=reach,
     )
     return rows.unpack(out), found

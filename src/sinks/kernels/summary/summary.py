@@ -22,7 +22,10 @@ class Summary:
     first 16 keys, 0 where it does not see one. All keys behind them are the rest: `rest` is the weight on them
     together, and `rest_entropy` the entropy in nats of their weights once these are made to sum to one, 0 where there
     are none. Both are summed by themselves, so that they keep their digits where the first keys take nearly all.
-    `columns(kept)` makes what each of the first keys received, in a second pass over queries and keys.
+
+    What takes a pass of its own is made when it is asked for: `columns(kept)` what each of the first keys received;
+    `at_distance(least, most)` the weight `[batch, heads, queries]` on all keys at distances from `least` to below
+    `most`; `reach()` weight times distance, summed over the rest.
     """
 
     layer: int
@@ -32,6 +35,8 @@ class Summary:
     rest: Float[Tensor, "batch heads queries"]
     rest_entropy: Float[Tensor, "batch heads queries"]
     columns: Callable[[int], Tensor]
+    at_distance: Callable[[int, int], Tensor]
+    reach: Callable[[], Tensor]
 
     @property
     def queries(self) -> int:
@@ -64,5 +69,5 @@ class Summary:
         return self.first.sum(dim=2, dtype=torch.float64)
 
     def received(self, kept: int) -> Float[Tensor, "batch heads some_keys"]:
-        """Weight that each of the first `kept` keys received, summed over all queries: the second pass, every time."""
+        """Weight that each of the first `kept` keys received, summed over all queries: a second pass."""
         return self.columns(min(kept, self.queries))
