@@ -6,6 +6,7 @@ queries and keys, so that what is left is the kernels' float32.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, cast
 
 import numpy as np
@@ -186,6 +187,34 @@ def test_a_text_that_begins_with_a_summary_and_goes_on_in_blocks(summed_up: None
     alpha = (whole.sum(dim=-2) / torch.arange(37, 0, -1)).permute(1, 0, 2, 3).numpy()
     assert np.abs(found.alpha - alpha).max() < WITHIN
     assert np.abs(found.sink_mass - whole[..., 2:, 1].mean(dim=-1).permute(1, 0, 2).numpy()).max() < WITHIN
+
+
+@needs_triton
+def test_both_ways_give_the_same_figures(summed_up: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, so that each way meets exactly the same heads."""
+    length = 3000 if HAS_GPU else 37
+    model, ids = model_of(layers=1), texts(length)
+    figures = []
+    for kinds in (observe.SUMMARISED_ON, ()):
+        monkeypatch.setattr(observe, "SUMMARISED_ON", kinds)
+        rates, prefixes = Importance(length, 3), Prefixes((16, length))
+        bins, masses = (Bins(1, ends_of(length), torch.tensor([0])), Masses(torch.tensor([0]), 9, ((1, 2), (0, 16))))
+        collectors, blocks = (rates, prefixes, bins, masses), list[Any]()
+        with ExitStack() as stack:
+            for collector in collectors:
+                stack.enter_context(probe(model, see=collector.see, sum_up=collector.sum_up))
+            stack.enter_context(probe(model, see=blocks.append, sum_up=nothing))
+            read(model, ids)
+        assert bool(blocks) == (not kinds)
+        rates.close()
+        prefixes.close()
+        profile = bins.profile("dense")
+        figures.append([
+            rates.alpha, rates.floor, rates.sink_mass, rates.four_mass, prefixes.sums / length, masses.means(1),
+            profile.entropy, profile.normalised, profile.without_sink, profile.sink_mass,
+        ])  # fmt: skip
+    for found, expected in zip(*figures, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=WITHIN * 5, atol=WITHIN)
 
 
 @needs_triton
