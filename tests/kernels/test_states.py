@@ -31,7 +31,7 @@ def test_medians_are_exact(numbers: int, dtype: torch.dtype) -> None:
     hidden[2] = hidden[2, :1]
     hidden[3, : numbers // 2 + 1] = torch.finfo(dtype).max
     hidden[4, -1] = -torch.inf
-    assert states.takes(hidden.to(DEVICE)[..., None].transpose(1, 2))
+    assert states.takes(hidden.to(DEVICE)[..., None])
     found = states.medians(hidden.to(DEVICE)).cpu().numpy()
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(found, np.median(hidden.abs().double().numpy(), axis=1))
