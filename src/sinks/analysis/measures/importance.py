@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -75,9 +76,9 @@ class Importance:
         on_sink = first[..., self.sink] - _early(summary, self.sink, self.sink + 1)  # but for its own query
         on_four = first[..., :FEW].sum(dim=-1) - _early(summary, 0, FEW)
         for sums, more in ((self._received, received), (self._on_sink, on_sink), (self._on_four, on_four)):
-            for head in range(more.shape[1]):
+            for head, part in enumerate(more.unbind(dim=1)):
                 place = (summary.layer, head)
-                sums[place] = sums[place] + more[:, head] if place in sums else more[:, head]
+                sums[place] = sums[place] + part if place in sums else part
         if not self._batches:
             shares = (1 / summary.visible.double()).flip(0).cumsum(dim=0).flip(0)
             for sums, more in ((self._seen, summary.visible.double().flip(0)), (self._floor, shares)):
@@ -164,9 +165,9 @@ class Prefixes:
         self._add(summary.layer, range(runs.shape[1]), runs.cumsum(dim=-1))
 
     def _add(self, layer: int, heads: range, sums: Float[Tensor, "batch heads prefixes"]) -> None:
-        for index, head in enumerate(heads):
+        for head, more in zip(heads, sums.unbind(dim=1), strict=True):
             before = self._sums.get((layer, head))
-            self._sums[layer, head] = sums[:, index] if before is None else before + sums[:, index]
+            self._sums[layer, head] = more if before is None else before + more
 
     def close(self) -> None:
         """End a batch."""
@@ -185,6 +186,6 @@ def runs_of(values: Float[Tensor, "*places queries"], ends: Sequence[int]) -> Fl
     Run by run: a sum over all of them at once, such as a scan or a product with ones, reads rows that are few and long
     by few programs.
     """
-    begins = (0, *ends[:-1])
-    sums = [values[..., begin:end].sum(dim=-1, dtype=torch.float64) for begin, end in zip(begins, ends, strict=True)]
-    return torch.stack(sums, dim=-1)
+    lengths = [end - begin for begin, end in pairwise((0, *ends))]
+    runs = values[..., : ends[-1]].split(lengths, dim=-1)
+    return torch.stack([run.sum(dim=-1, dtype=torch.float64) for run in runs], dim=-1)

@@ -138,10 +138,10 @@ class Means:
         self._count(layer, range(values.shape[2]), sums, counts)
 
     def _count(self, layer: int, heads: range, sums: Tensor, counts: Tensor) -> None:
-        for index, head in enumerate(heads):
-            for kept, more in ((self._sums, sums), (self._counts, counts)):
+        for kept, all_more in ((self._sums, sums), (self._counts, counts)):
+            for head, more in zip(heads, all_more.unbind(dim=0), strict=True):
                 before = kept.get((layer, head))
-                kept[layer, head] = more[index] if before is None else before + more[index]
+                kept[layer, head] = more if before is None else before + more
 
     def of(self, layers: int) -> Float[np.ndarray, "statistics layers some_heads divisions"]:
         """The means; NaN where there was nothing to count."""
