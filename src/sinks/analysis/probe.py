@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinks.cache.cache import SinkCache
-from sinks.errors import InvalidInput
 from sinks.kernels.lens import Arrival, Lens, Sight
 from sinks.kernels.summary.summary import Summary
 from sinks.models.attach import attachment_of
@@ -61,9 +60,7 @@ def probe(
     `sum_up` without `see`.
     """
     with ExitStack() as stack:
-        if sum_up is not None and see is None:
-            raise InvalidInput("sum_up takes the place of see where it can: give see as well")
-        if see is not None or arrive is not None:
+        if see is not None or sum_up is not None or arrive is not None:
             stack.enter_context(observe(model, Lens(see=see, sum_up=sum_up, arrive=arrive)))
         if residual is not None:
             for handle in _hook_blocks(model, residual):
