@@ -166,7 +166,8 @@ def main() -> None:
     dtype, generator = getattr(torch, flags.dtype), torch.Generator().manual_seed(0)
     random = torch.randint(49152, (1, max(flags.tokens, flags.long)), generator=generator).to(flags.device)
     if flags.random_weights:
-        model, name = AutoModelForCausalLM.from_config(SHAPE, dtype=dtype).to(flags.device).eval(), "random weights"
+        with torch.device(flags.device):  # drawn there: a CPU takes longer to draw them than a GPU to read a text
+            model, name = AutoModelForCausalLM.from_config(SHAPE, dtype=dtype).to(flags.device).eval(), "random weights"
         ids = random[:, : flags.tokens]
     else:
         loaded = load(dtype=dtype, device=flags.device)
