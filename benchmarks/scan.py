@@ -3,8 +3,15 @@
     python benchmarks/scan.py --json benchmarks/results/scan.json
 
 Both read the same tokens in one pass of the built-in model without its output head; plain passes use PyTorch's fused
-attention. They are timed in turn, and the ratio is of their medians. Memory is the peak above the loaded model, on one
-longer pass of random tokens. `--random-weights` takes the shape alone, so that nothing is loaded.
+attention. They are timed in turn, with what it takes to bring the figures to the host, and ratios are of medians.
+Memory is the peak above the loaded model, on one longer pass of random tokens. `--random-weights` takes the shape
+alone, so that nothing is loaded.
+
+    python benchmarks/scan.py --tokens 131072 --dtype bfloat16 --random-weights --device cuda --long 0
+
+On a GPU what each key received costs a second pass over queries and keys, so there it is timed with and without, and
+so are the parts. "first keys" is what a scan has on texts of more than 16,384 tokens: every statistic, but importance
+for the first 16 keys only. "first half" has it for the keys that "sink anywhere" asks for.
 """
 
 from __future__ import annotations
@@ -13,7 +20,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +30,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sinks.analysis.measures.entropy import Bins, ends_of
+from sinks.analysis.measures.entropy import NEAR, ends_of
+from sinks.analysis.measures.importance import Importance, Prefixes
 from sinks.analysis.measures.massive import HeadNorms, States
-from sinks.analysis.measures.sink_rate import Importance, Prefixes
+from sinks.analysis.measures.rows import Bins, Masses
+from sinks.analysis.measures.sink_rate import FIRST, LENGTHS
 from sinks.analysis.probe import probe, read
 from sinks.assets.texts import read_text
 from sinks.models.load import load
@@ -43,25 +54,72 @@ SHAPE = LlamaConfig(
 """SmolLM2-135M's."""
 
 
-def watched(model: PreTrainedModel, tokens: int, stack: ExitStack) -> list[Any]:
-    """Every collector of a survey, in one pass: importance, prefixes, entropy, residual stream, keys and values."""
-    layers, sink = int(model.config.num_hidden_layers), torch.tensor([0])
-    rates, prefixes, bins = Importance(tokens), Prefixes(tokens), Bins(layers, ends_of(tokens), sink)
-    states, norms = States(0), HeadNorms(0)
-    for see in (rates.see, prefixes.see, bins.see):
-        stack.enter_context(probe(model, see=see))
-    stack.enter_context(probe(model, arrive=norms.arrive, residual=states.residual))
-    return [rates, prefixes, bins, states, norms]
+@dataclass(frozen=True)
+class Watch:
+    """Which statistics are on: attention's, with importance for the `kept` keys (see `KEPT`), and the state's.
+
+    `kinds` adds what the kinds of heads are told by, which takes two more passes. `bare` looks at attention and takes
+    nothing from it, so that the price of looking stands alone.
+    """
+
+    attention: bool = True
+    state: bool = True
+    kept: str = "all keys"
+    kinds: bool = False
+    bare: bool = False
 
 
-def seconds(model: PreTrainedModel, ids: Tensor, statistics_on: bool) -> float:
-    """Wall clock of one pass."""
+KEPT: dict[str, Callable[[int], int]] = {
+    "all keys": lambda tokens: tokens,
+    "first half": lambda tokens: tokens // 2,
+    "first keys": lambda tokens: FIRST,
+}
+ALL = {"all keys": Watch()}
+PARTS = {name: Watch(kept=name) for name in KEPT} | {
+    "first keys, kinds of heads": Watch(kept="first keys", kinds=True),
+    "bare look": Watch(attention=False, state=False, bare=True),
+    "attention, first keys": Watch(state=False, kept="first keys"),
+    "residual stream, keys and values": Watch(attention=False),
+}
+
+
+def watched(model: PreTrainedModel, tokens: int, on: Watch, stack: ExitStack) -> Callable[[], Any]:
+    """Every collector of a survey that is on, in one pass; what is returned brings their figures to the host."""
+    layers = int(model.config.num_hidden_layers)
+    finish: list[Callable[[], Any]] = []
+    if on.bare:
+        stack.enter_context(probe(model, see=_ignore, sum_up=_ignore))
+    if on.attention:
+        rates, prefixes = (
+            Importance(tokens, kept=KEPT[on.kept](tokens)),
+            Prefixes([length for length in LENGTHS if length <= tokens]),
+        )
+        bins = Bins(layers, ends_of(tokens), torch.tensor([0]))
+        masses = Masses(torch.tensor([0]), tokens // 2, ((1, 2), (0, NEAR)))
+        for collector in (rates, prefixes, bins, *[masses] * on.kinds):
+            stack.enter_context(probe(model, see=collector.see, sum_up=collector.sum_up))
+        finish += [lambda: masses.means(layers)] * on.kinds
+        finish += [rates.close, prefixes.close, lambda: bins.profile("dense")]
+    if on.state:
+        states, norms = States(0), HeadNorms(0)
+        stack.enter_context(probe(model, arrive=norms.arrive, residual=states.residual))
+        finish += [states.finished, lambda: [norms.ratio(which, layers) for which in ("key", "value")]]
+    return lambda: [each() for each in finish]
+
+
+def _ignore(_: Any) -> None:
+    """Take nothing."""
+
+
+def seconds(model: PreTrainedModel, ids: Tensor, on: Watch | None) -> float:
+    """Wall clock of one pass, and of what it takes to have its figures; None: a plain pass."""
     with ExitStack() as stack:
-        if statistics_on:
-            watched(model, ids.shape[1], stack)
+        finish = None if on is None else watched(model, ids.shape[1], on, stack)
         synchronise(ids)
         began = time.perf_counter()
         read(model, ids)
+        if finish is not None:
+            finish()
         synchronise(ids)
         return time.perf_counter() - began
 
@@ -73,26 +131,24 @@ def synchronise(ids: Tensor) -> None:
 
 
 def speed(model: PreTrainedModel, ids: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds of both kinds of pass, in turn."""
-    seconds(model, ids[:, :256], True)  # warm up
-    found: dict[bool, list[float]] = {False: [], True: []}
+    """Seconds of every kind of pass, in turn, and the ratio of its median to the plain pass's."""
+    ways: dict[str, Watch | None] = {"plain": None} | (PARTS if ids.device.type == "cuda" else ALL)
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        seconds(model, ids[:, :256], way)  # warm up
     for _ in range(repeats):
-        for on in (False, True):
-            found[on].append(seconds(model, ids, on))
-    plain, scan = (statistics.median(found[on]) for on in (False, True))
-    return {
-        "tokens": ids.shape[1],
-        "plain_seconds": found[False],
-        "scan_seconds": found[True],
-        "ratio": scan / plain,
-    }
+        for name, way in ways.items():
+            found[name].append(seconds(model, ids, way))
+    plain = statistics.median(found["plain"])
+    ratios = {name: statistics.median(spent) / plain for name, spent in found.items()}
+    return {"tokens": ids.shape[1], "seconds": found, "ratio": ratios}
 
 
 def memory(model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     """Peak memory of a pass with every statistic, above the loaded model."""
     meter = meter_for(ids.device)
     with watch(meter) as peak:
-        spent = seconds(model, ids, True)
+        spent = seconds(model, ids, Watch())
     return {"tokens": ids.shape[1], "peak_bytes": peak.bytes, "seconds": spent, "method": meter.method}
 
 
@@ -110,7 +166,8 @@ def main() -> None:
     dtype, generator = getattr(torch, flags.dtype), torch.Generator().manual_seed(0)
     random = torch.randint(49152, (1, max(flags.tokens, flags.long)), generator=generator).to(flags.device)
     if flags.random_weights:
-        model, name = AutoModelForCausalLM.from_config(SHAPE, dtype=dtype).to(flags.device).eval(), "random weights"
+        with torch.device(flags.device):  # drawn there: a CPU takes longer to draw them than a GPU to read a text
+            model, name = AutoModelForCausalLM.from_config(SHAPE, dtype=dtype).to(flags.device).eval(), "random weights"
         ids = random[:, : flags.tokens]
     else:
         loaded = load(dtype=dtype, device=flags.device)

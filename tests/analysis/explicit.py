@@ -84,9 +84,9 @@ def explicit(
             for part in ids.split(list(chunks) if chunks else [ids.shape[1]], dim=1):
                 base_of(model)(input_ids=part, past_key_values=cache, use_cache=True)
     query, key, value = (
-        [torch.cat(parts, dim=2).double() for parts in layers] for layers in (met.query, met.key, met.value)
+        [torch.cat(parts, dim=2).double().cpu() for parts in layers] for layers in (met.query, met.key, met.value)
     )
-    hidden = [torch.cat(parts, dim=1).double() for parts in met.hidden]
+    hidden = [torch.cat(parts, dim=1).double().cpu() for parts in met.hidden]
     rows = [
         _layer(model, index, query[index], key[index], (sinks or 0, window), causal) for index in range(len(query))
     ]
@@ -141,7 +141,7 @@ def _layer(
     logits = getattr(attention, "sinks", None)
     if not isinstance(logits, Tensor):
         return scores.softmax(dim=-1), seen, None
-    column = logits.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
+    column = logits.double().cpu()[None, :, None, None].expand(*scores.shape[:-1], 1)
     weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)
     return weights[..., :-1], seen, weights[..., -1]
 

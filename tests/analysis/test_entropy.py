@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sinks.analysis.measures import entropy
 from sinks.analysis.measures.entropy import KINDS, cut, ends_of, judge, measure, repeated_tokens
+from sinks.analysis.measures.rows import Rows
 from sinks.errors import InvalidInput, NotAttached, TextTooShort
 from sinks.kernels.lens import Sight, View
 from sinks.models.attach import attach
@@ -106,7 +107,7 @@ def sight_of(scores: Tensor, bent: bool = False) -> Sight:
 def test_what_is_left_of_a_row_that_the_sink_takes_keeps_its_digits(bent: bool) -> None:
     scores = torch.randn(2, 3, 4, 9)
     scores[..., 0] += 30
-    found = entropy._Rows(sight_of(scores, bent), torch.tensor([0]))
+    found = Rows(sight_of(scores, bent), torch.tensor([0]))
     exact = scores[..., 1:].double().softmax(dim=-1)
     expected = torch.special.entr(exact).sum(dim=-1)
     assert float((1 - scores.softmax(dim=-1)[..., 0]).max()) == 0  # 1 - m has no digit left in float32
@@ -115,7 +116,7 @@ def test_what_is_left_of_a_row_that_the_sink_takes_keeps_its_digits(bent: bool) 
 
 def test_entropy_without_the_sinks_obeys_its_identity() -> None:
     scores = torch.randn(2, 3, 4, 9).double()
-    found = entropy._Rows(sight_of(scores), torch.tensor([0, 3]))
+    found = Rows(sight_of(scores), torch.tensor([0, 3]))
     mass = found.sink_mass
     inside = scores[..., [0, 3]].softmax(dim=-1)
     binary = torch.special.entr(mass) + torch.special.entr(1 - mass)
@@ -126,7 +127,7 @@ def test_entropy_without_the_sinks_obeys_its_identity() -> None:
 
 
 def test_a_row_of_nothing_but_sinks_has_nothing_left() -> None:
-    found = entropy._Rows(sight_of(torch.randn(1, 1, 2, 2).double()), torch.tensor([0, 1]))
+    found = Rows(sight_of(torch.randn(1, 1, 2, 2).double()), torch.tensor([0, 1]))
     assert found.without_sink.isnan().all() and found.mean_distance.isnan().all()
     torch.testing.assert_close(found.sink_mass, torch.ones(1, 1, 2).double())
 

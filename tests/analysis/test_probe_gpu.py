@@ -10,7 +10,8 @@ import torch
 
 from sinks import SinkCache, attach
 from sinks.analysis.measures import massive
-from sinks.analysis.measures.sink_rate import Importance, collect
+from sinks.analysis.measures.importance import Importance
+from sinks.analysis.measures.sink_rate import collect
 from sinks.analysis.probe import probe
 from sinks.kernels.lens import Sight
 from sinks.models.families import base_of

@@ -10,7 +10,8 @@ from transformers import ViTConfig, ViTModel
 from sinks import SinkCache, attach
 from sinks.analysis.inputs import MOVED_TO, Condition
 from sinks.analysis.measures import sink_rate
-from sinks.analysis.measures.sink_rate import Importance, SinkRate, binding, by_length, collect, measure
+from sinks.analysis.measures.importance import Importance
+from sinks.analysis.measures.sink_rate import SinkRate, binding, by_length, collect, measure
 from sinks.analysis.probe import probe
 from sinks.models.families import base_of
 from sinks.reading.estimate import Estimate

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sinks.cache.cache import SinkCache
 from sinks.kernels.lens import Arrival, Lens, Sight
+from sinks.kernels.summary.summary import Summary
 from sinks.models.attach import attachment_of
 from sinks.models.families import base_of
 from sinks.models.observe import blocks_of, observe
@@ -44,6 +45,7 @@ def probe(
     model: PreTrainedModel,
     *,
     see: Callable[[Sight], None] | None = None,
+    sum_up: Callable[[Summary], None] | None = None,
     arrive: Callable[[Arrival], None] | None = None,
     residual: Callable[[Residual], None] | None = None,
 ) -> Iterator[None]:
@@ -51,13 +53,15 @@ def probe(
 
     Works for every forward pass inside the block: dense, with a cache of transformers in chunks, or with a `SinkCache`
     (the model attached), on any device. `see` and `arrive` have attention computed block by block; `residual` alone
-    leaves it as it is.
+    leaves it as it is. On a GPU a function that is given as `sum_up` beside `see` is called in its place, once for a
+    layer, where `how_observed` (models/observe.py) says so: dense causal passes, if every probe on the pass has one.
 
-    Raises UnsupportedModel or UnsupportedOption where the model or a pass cannot be observed.
+    Raises UnsupportedModel or UnsupportedOption where the model or a pass cannot be observed, InvalidInput for a
+    `sum_up` without `see`.
     """
     with ExitStack() as stack:
-        if see is not None or arrive is not None:
-            stack.enter_context(observe(model, Lens(see=see, arrive=arrive)))
+        if see is not None or sum_up is not None or arrive is not None:
+            stack.enter_context(observe(model, Lens(see=see, sum_up=sum_up, arrive=arrive)))
         if residual is not None:
             for handle in _hook_blocks(model, residual):
                 stack.callback(handle.remove)

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinks.errors import InvalidInput
+from sinks.kernels.summary.summary import Summary
+
 
 @dataclass(frozen=True, eq=False)
 class View:
@@ -122,7 +125,10 @@ class Lens:
 
     `arrive` sees new heads. `add(layer)` gives keys and values `[kv_heads, added, head_dim]` that every query sees.
     `bend_scores(view, scores)` returns the scores the softmax is to have, after scale, soft cap, mask and positions.
-    `bend_weights(view, weights)` returns the weights that multiply the values. `see` sees the block as it came out.
+    `bend_weights(view, weights)` returns the weights that multiply the values. `see` sees the block as it came out;
+    `sum_up` may be given a layer's summary in its place, where that can be had and every lens on the pass takes it.
+
+    Raises InvalidInput for `sum_up` without `see`, which would miss whatever cannot be summed up.
     """
 
     arrive: Callable[[Arrival], None] | None = None
@@ -130,6 +136,17 @@ class Lens:
     bend_scores: Callable[[View, Tensor], Tensor] | None = None
     bend_weights: Callable[[View, Tensor], Tensor] | None = None
     see: Callable[[Sight], None] | None = None
+    sum_up: Callable[[Summary], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sum_up is not None and self.see is None:
+            raise InvalidInput("sum_up takes the place of see only where it can: give see as well")
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether it bends or adds something, or sees blocks and takes no summary for them."""
+        changes = (self.add, self.bend_scores, self.bend_weights)
+        return any(change is not None for change in changes) or (self.see is not None and self.sum_up is None)
 
 
 @dataclass(frozen=True, eq=False)

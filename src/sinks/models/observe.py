@@ -2,12 +2,13 @@
 
 Any model of transformers that calls the registered attention function can be observed: causal ones, BERT-like ones,
 vision transformers. A forward pass with a `SinkCache` shows the lens the stream's own blocks; any other pass is
-attended block by block, so that neither the scores nor the mask are ever T x T.
+attended block by block, so that neither the scores nor the mask are ever T x T, or, on a GPU and where every lens takes
+summaries, by a kernel that sums up each layer while it attends. `how_observed` says which, and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from sinks.errors import CacheError, UnsupportedModel, UnsupportedOption
-from sinks.kernels.lens import Lens
+from sinks.kernels.lens import Arrival, Lens
 from sinks.kernels.scoring import Scoring
+from sinks.kernels.summary.attend import attend_summarised, refuse
 from sinks.kernels.written import Meeting, attend_dense
 from sinks.models.attach import (
     LENSES,
@@ -34,6 +36,9 @@ from sinks.models.attach import (
 )
 from sinks.models.families import base_of
 from sinks.models.parallel.share import refuse_shared
+
+SUMMARISED_ON = ("cuda",)
+"""Kinds of devices on which a pass may be summed up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +70,20 @@ class LazyMask:
     def first_key(self) -> int:
         """The column of the first key."""
         return int(self.description["kv_offset"])
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every query sees its own key and all before it, and nothing else."""
+        plain = self.description["mask_function"] is causal_mask_function and self.padding is None
+        return plain and int(self.description["q_offset"]) == 0 == self.first_key
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one layer's attention is observed: summed up by a kernel while it attends, or block by block; and why."""
+
+    summarised: bool
+    because: str
 
 
 _NOW: ContextVar[Observed | None] = ContextVar("sinks_observed_pass", default=None)
@@ -121,6 +140,28 @@ def _install(model: PreTrainedModel, base: PreTrainedModel, undo: ExitStack) -> 
     undo.callback(base.register_forward_hook(_end, always_call=True).remove)
 
 
+def how_observed(
+    lenses: Sequence[Lens], query: Tensor, key: Tensor, value: Tensor, *, scoring: Scoring, causal: bool
+) -> Way:
+    """How `observe` goes about one layer's attention, before anything is computed; nothing else is tried after it.
+
+    `causal` says that each query sees exactly the keys up to its own: a dense causal pass without pads.
+    """
+    if any(lens.needs_blocks for lens in lenses):
+        return Way(False, "a lens bends or adds something, or takes no summaries")
+    if torch.is_grad_enabled() and any(heads.requires_grad for heads in (query, key, value)):
+        return Way(False, "gradients are wanted, and summaries are made without")
+    if query.device.type not in SUMMARISED_ON:
+        return Way(False, f"on {query.device.type} there is no kernel that sums up")
+    if not causal or key.shape[2] != query.shape[2]:
+        return Way(False, "attention is not dense and causal: it has a window, pads, a past or a mask of its own")
+    try:
+        refuse(query, value, scoring)
+    except UnsupportedOption as reason:
+        return Way(False, str(reason))
+    return Way(True, "dense causal attention, and every lens takes summaries")
+
+
 def _beginner(observed: Observed) -> Callable[[Any, Any], None]:
     def begin(base: Any, args: Any) -> None:
         if base.config._attn_implementation != OBSERVED:
@@ -144,16 +185,35 @@ def _attention(
     if streaming() is not None:
         return stream_attention(module, query, key, value, **kwargs)
     check_options(kwargs, "an observed pass")
-    out = attend_dense(
-        query,
-        key,
-        value,
-        layer=now.block[module],
-        meeting=_meeting(module, query, key, attention_mask, kwargs),
-        scoring=Scoring(**scoring_options(query, kwargs)),
-        lenses=now.lenses,
-    )
+    layer, scoring = now.block[module], Scoring(**scoring_options(query, kwargs))
+    causal = _is_causal(module, attention_mask, kwargs)
+    if how_observed(now.lenses, query, key, value, scoring=scoring, causal=causal).summarised:
+        out = _summarised((query, key, value), layer, scoring, now.lenses)
+    else:
+        meeting = _meeting(module, query, key, attention_mask, kwargs)
+        out = attend_dense(query, key, value, layer=layer, meeting=meeting, scoring=scoring, lenses=now.lenses)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _summarised(heads: tuple[Tensor, Tensor, Tensor], layer: int, scoring: Scoring, lenses: Sequence[Lens]) -> Tensor:
+    query, key, value = heads
+    positions = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    for lens in lenses:
+        if lens.arrive is not None:
+            lens.arrive(Arrival(layer, positions, query, key, value))
+    out, summary = attend_summarised(query, key, value, layer=layer, scoring=scoring)
+    for lens in lenses:
+        if lens.sum_up is not None:
+            lens.sum_up(summary)
+    return out
+
+
+def _is_causal(module: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer's attention is dense and causal, as far as its mask says."""
+    if isinstance(mask, LazyMask):
+        return mask.is_causal
+    causal = kwargs.get("is_causal")
+    return mask is None and bool(getattr(module, "is_causal", False) if causal is None else causal)
 
 
 def _mask(**description: Any) -> LazyMask | None:
@@ -192,4 +252,3 @@ def _positions(padding: Tensor | None, first: int, keys: int, device: torch.devi
     real = padding.to(device).bool()
     positions = (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
     return positions[:, first : first + keys]
-

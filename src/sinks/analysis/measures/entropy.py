@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sinks.analysis.measures.rows import Bins, Masses, Profile
 from sinks.analysis.probe import probe, read
 from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, TextTooShort
-from sinks.kernels.lens import Sight
 from sinks.models.families import base_of
 from sinks.models.observe import blocks_of
 from sinks.reading.estimate import ratio_of_means
@@ -55,25 +54,6 @@ RULE = (
     "each text, the induction mass over the repetition."
 )
 """How a head's kind follows from its measures."""
-
-
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """Entropy of attention (nats) under one way of reading.
-
-    `ends` are the positions at which bins end, each a mean over its queries. `normalised` divides by the log of how
-    many keys a query sees (queries that see one key are left out); `without_sink` is the entropy of what is left once
-    the sink keys are taken out and the rest is renormalised (queries for which nothing is left are left out): sinks
-    lower the entropy of a healthy head. A sink key that a query does not see has mass 0. A learned sink logit counts
-    as one more key, and as a sink. NaN where a bin has no query.
-    """
-
-    name: str
-    ends: Int[np.ndarray, " bins"]
-    entropy: Float[np.ndarray, "layers heads bins"]
-    normalised: Float[np.ndarray, "layers heads bins"]
-    without_sink: Float[np.ndarray, "layers heads bins"]
-    sink_mass: Float[np.ndarray, "layers heads bins"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,11 +143,11 @@ def measure(
     layers = len(blocks_of(model))
 
     dense = Bins(layers, ends_of(tokens), sink)
-    masses = _Masses(sink, tokens // 2, ((1, 2), (0, NEAR)))
-    with probe(model, see=dense.see), probe(model, see=masses.see):
+    masses = Masses(sink, tokens // 2, ((1, 2), (0, NEAR)))
+    with probe(model, see=dense.see, sum_up=dense.sum_up), probe(model, see=masses.see, sum_up=masses.sum_up):
         _read(model, ids, batch, listen)
-    copies = _Masses(sink, repeated.shape[1] - distance - 1, ((distance, distance + 1),))
-    with probe(model, see=copies.see):
+    copies = Masses(sink, repeated.shape[1] - distance - 1, ((distance, distance + 1),))
+    with probe(model, see=copies.see, sum_up=copies.sum_up):
         _read(model, repeated, batch, listen)
     heads = _heads(masses.means(layers), copies.means(layers))
     profiles, folklore = [dense.profile("dense attention")], []
@@ -241,169 +221,6 @@ def _stream(model: PreTrainedModel, segments: Tensor, cache: SinkCache, listen: 
     for part in segments.split(CHUNK, dim=1):
         base_of(model)(input_ids=part.to(model.device), past_key_values=cache, use_cache=True)
         listen(part.numel())
-
-
-class _Rows:
-    """What each row of attention of one block comes to, `[batch, heads, queries]`, in float64."""
-
-    def __init__(self, sight: Sight, sink: Int[Tensor, " sinks"]) -> None:
-        self._sight = sight
-        keys, few = sight.view.keys, len(sink)
-        sink = sink.to(keys.device)
-        if few < keys.shape[1] and bool((keys[:, :few] == sink).all()):  # slices: no copy of anything
-            on_keys, self._first = sight.weights[..., :few].sum(dim=-1).double(), few
-            self.rest = sight.weights[..., few:]
-        else:
-            is_sink = torch.isin(keys, sink)
-            on_keys, self._first = (sight.weights @ is_sink.to(sight.weights)[:, None, :, None])[..., 0].double(), 0
-            self.rest = sight.weights.masked_fill(is_sink[:, None, None], 0) if bool(is_sink.any()) else sight.weights
-        self.logit_mass = 0.0 if sight.logit_mass is None else sight.logit_mass.double()
-        self.sink_mass = on_keys + self.logit_mass
-        self.left = self.rest.sum(dim=-1).double()
-        """Mass without the sinks', summed afresh: 1 - mass has no digits left where it is small."""
-
-    @cached_property
-    def _expected(self) -> Tensor:
-        """Sum of weight times score without the sinks."""
-        if self._first:
-            return self._sight.expected_score(self._first).double()
-        seen = self._sight.scores.clamp(min=torch.finfo(self._sight.scores.dtype).min)
-        return torch.linalg.vecdot(self.rest, seen).double()
-
-    @cached_property
-    def entropy(self) -> Tensor:
-        """-sum p log p; a sink logit is one more outcome."""
-        sight, few = self._sight, self._first
-        if sight.bent or sight.logit_mass is not None or not few:
-            return sight.entropy.double()
-        seen = sight.scores[..., :few].clamp(min=torch.finfo(sight.scores.dtype).min)
-        on_sinks = torch.linalg.vecdot(sight.weights[..., :few], seen).double()
-        return (sight.log_sum_exp.double() - on_sinks - self._expected).clamp(min=0)
-
-    @cached_property
-    def normalised(self) -> Tensor:
-        """Entropy over the log of how many outcomes there are; NaN where there is one."""
-        outcomes = self._sight.visible.double() + (self._sight.logit_mass is not None)
-        return torch.where(outcomes > 1, self.entropy / outcomes.clamp(min=2).log(), torch.nan)
-
-    @cached_property
-    def without_sink(self) -> Tensor:
-        """E' = log-sum-exp + log(left) - sum over the rest of p s / left; NaN where nothing is left.
-
-        The same as [E - h(m) - m E_S] / (1 - m), which subtracts what it is to find where the sink takes nearly all.
-        """
-        if self._sight.bent:
-            found = self.left.log() + torch.special.entr(self.rest).sum(dim=-1).double() / self.left
-        else:
-            mean_score = self._expected / self.left
-            found = self._sight.log_sum_exp.double() + self.left.log() - mean_score
-        return torch.where(self.left > 0, found.clamp(min=0), torch.nan)
-
-    def at_distance(self, least: int, most: int) -> Tensor:
-        """Mass at distances from `least` to below `most`, sinks left out."""
-        distance = self._distance
-        return self._on((distance >= least) & (distance < most))
-
-    @cached_property
-    def mean_distance(self) -> Tensor:
-        """Mean distance of what is not on the sinks; NaN where nothing is."""
-        return torch.where(self.left > 0, self._on(self._distance) / self.left, torch.nan)
-
-    @cached_property
-    def _distance(self) -> Int[Tensor, "batch queries keys"]:
-        return self._sight.view.queries[:, :, None] - self._sight.view.keys[:, None, self._first :]
-
-    def _on(self, columns: Tensor) -> Tensor:
-        return torch.linalg.vecdot(self.rest, columns[:, None].to(self.rest.dtype)).double()
-
-
-class _Means:
-    """Means of some statistics of queries, by layer and head and some division of the queries."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, int], Tensor] = {}
-        self._counts: dict[tuple[int, int], Tensor] = {}
-
-    def add(
-        self,
-        sight: Sight,
-        values: Float[Tensor, "statistics batch heads queries"],
-        into: Float[Tensor, "batch queries divisions"],
-    ) -> None:
-        """Count the values that are not NaN into the divisions that their queries belong to."""
-        known = ~values.isnan()
-        sums = torch.einsum("sbhq,bqd->hsd", values.where(known, 0), into).cpu()
-        counts = torch.einsum("sbhq,bqd->hsd", known.double(), into).cpu()
-        for index, head in enumerate(sight.view.heads):
-            at = (sight.view.layer, head)
-            self._sums[at] = self._sums.get(at, 0) + sums[index]
-            self._counts[at] = self._counts.get(at, 0) + counts[index]
-
-    def of(self, layers: int) -> Float[np.ndarray, "statistics layers some_heads divisions"]:
-        """The means; NaN where there was nothing to count."""
-        heads = 1 + max(head for _, head in self._sums)
-        shape = next(iter(self._sums.values())).shape
-        found = np.full((shape[0], layers, heads, shape[1]), np.nan)
-        for (layer, head), sums in self._sums.items():
-            count = self._counts[layer, head]
-            found[:, layer, head] = (sums / count.where(count > 0, torch.nan)).numpy()
-        return found
-
-
-class Bins:
-    """Entropies of a reading by position, and, for a stream, along every segment."""
-
-    def __init__(
-        self, layers: int, ends: Int[np.ndarray, " bins"], sink: Tensor, stream: Sequence[int] | None = None
-    ) -> None:
-        self.layers, self.ends, self.sink = layers, ends, sink
-        self._means = _Means()
-        self._along = None if stream is None else torch.zeros(2, *stream, dtype=torch.float64)
-
-    def see(self, sight: Sight) -> None:
-        """Count one block."""
-        rows = _Rows(sight, self.sink)
-        values = torch.stack((rows.entropy, rows.normalised, rows.without_sink, rows.sink_mass))
-        queries = sight.view.queries.contiguous()
-        ends = torch.from_numpy(self.ends).to(queries.device)
-        bins = torch.bucketize(queries, ends, right=True).clamp(max=len(ends) - 1)
-        into = torch.nn.functional.one_hot(bins, len(ends)).double() * (queries >= 0)[..., None]
-        self._means.add(sight, values, into)
-        if self._along is not None:
-            found = torch.stack((rows.normalised.nansum(dim=1), (~rows.normalised.isnan()).double().sum(dim=1)))
-            row = torch.arange(len(queries))[:, None]
-            self._along[:, row, queries.cpu()] += found.cpu()
-
-    def profile(self, name: str) -> Profile:
-        """What was seen, as means."""
-        entropy, normalised, without_sink, sink_mass = self._means.of(self.layers)
-        return Profile(name, self.ends, entropy, normalised, without_sink, sink_mass)
-
-    def along(self) -> Float[np.ndarray, "segments positions"]:
-        """Normalised entropy at every position of every segment, mean over layers and heads; NaN: none."""
-        sums, counts = (torch.zeros(2, 0, 0) if self._along is None else self._along).numpy()
-        return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-
-
-class _Masses:
-    """Where heads look, for queries from position `first` on: sink mass, entropy, distance, and mass at distances."""
-
-    def __init__(self, sink: Tensor, first: int, distances: Sequence[tuple[int, int]]) -> None:
-        self.sink, self.first, self.distances = sink, first, distances
-        self._means = _Means()
-
-    def see(self, sight: Sight) -> None:
-        """Count one block."""
-        into = (sight.view.queries >= self.first).double()[..., None]
-        if not bool(into.any()):
-            return
-        rows = _Rows(sight, self.sink)
-        masses = [rows.at_distance(*distances) for distances in self.distances]
-        self._means.add(sight, torch.stack((rows.sink_mass, rows.normalised, rows.mean_distance, *masses)), into)
-
-    def means(self, layers: int) -> Float[np.ndarray, "statistics layers some_heads"]:
-        """Sink mass, normalised entropy, mean distance, and the mass at each of the distances."""
-        return self._means.of(layers)[..., 0]
 
 
 def _heads(masses: Float[np.ndarray, "5 layers heads"], copies: Float[np.ndarray, "4 layers heads"]) -> Heads:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinks.analysis.probe import Residual, probe, read
 from sinks.errors import InvalidInput, UnsupportedModel, UnsupportedOption
 from sinks.kernels.lens import Arrival
+from sinks.kernels.summary import states
 from sinks.models.observe import blocks_of
 from sinks.types import Stage, unwatched
 
@@ -119,8 +120,8 @@ def measure(
     texts = len(next(iter(named.values())))
     each = 1 if ids is None else ids.shape[1]
     listen = stage("massive activations", texts * each)
-    states, heads = States(sink), HeadNorms(sink)
-    with probe(model, arrive=heads.arrive, residual=states.residual):
+    depths, heads = States(sink), HeadNorms(sink)
+    with probe(model, arrive=heads.arrive, residual=depths.residual):
         for part in _batches(named, texts, batch):
             read(model, part)
             listen(each * len(next(iter(part.values()))))
@@ -128,27 +129,27 @@ def measure(
         raise UnsupportedModel(
             f"{model.config.model_type} showed none of its attention: attach(model) first, if it can stream"
         )
-    found = states.finished()
+    found = depths.finished()
     place = found["places"][..., 0]
     alive = (found["largest"] >= ALIVE_MEDIANS * found["median"]) & (found["length"] >= ALIVE_NORMS)
     flagged = (found["largest"] > FLAG) & (found["largest"] >= FLAG_MEDIANS * found["median"])
     ratios = [heads.ratio(which, len(blocks_of(model))) for which in ("value", "key")]
     return Massive(
         texts=texts,
-        tokens=states.tokens,
+        tokens=depths.tokens,
         sink=sink,
-        fixed=states.fixed(),
+        fixed=depths.fixed(),
         largest=found["largest"],
         median=found["median"],
-        position=place // states.width,
-        dim=place % states.width,
+        position=place // depths.width,
+        dim=place % depths.width,
         flagged=flagged.mean(axis=0),
         first_norm=found["sink_norm"].sum(axis=0) / found["rest_norm"].sum(axis=0),
         kurtosis_first=found["sink_kurtosis"].mean(axis=0),
         kurtosis_rest=found["rest_kurtosis"].mean(axis=0),
         value_ratio=ratios[0],
         key_ratio=ratios[1],
-        peaks=_peaks(found, states.width, ids, tokenizer),
+        peaks=_peaks(found, depths.width, ids, tokenizer),
         lives=lives(alive.mean(axis=0) >= 0.5),
         outliers=found["outliers"].mean(axis=0),
     )
@@ -193,35 +194,34 @@ class States:
         self.sink = sink
         self.tokens = self.width = 0
         self.dtype = torch.float32
-        self._found: dict[int, list[dict[str, np.ndarray]]] = {}
+        self._found: dict[int, list[dict[str, Tensor]]] = {}
         self._ends: dict[int, list[Tensor]] = {}
 
     def residual(self, residual: Residual) -> None:
         """Take down one depth of one batch of texts."""
         hidden = residual.hidden
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         _, self.tokens, self.width = hidden.shape
-        self.dtype = residual.hidden.dtype
+        self.dtype = hidden.dtype
         _check_sink(self.sink, self.tokens)
-        found = self._of(hidden)
-        if not np.isfinite(found["values"]).all():
-            raise UnsupportedOption(
-                f"the residual stream is not finite at depth {residual.depth} in {self.dtype}: load it as float32"
-            )
-        self._found.setdefault(residual.depth, []).append(found)
-        self._ends.setdefault(residual.depth, []).append(hidden[:, self.sink].cpu().clone())  # a view would keep it all
+        self._found.setdefault(residual.depth, []).append(self._of(hidden))
+        self._ends.setdefault(residual.depth, []).append(_wide(hidden[:, self.sink]).clone())  # a view would keep all
 
-    def _of(self, hidden: Float[Tensor, "texts tokens width"]) -> dict[str, np.ndarray]:
-        numbers = hidden.flatten(1)
-        places = _largest(hidden)
-        norms = torch.linalg.vector_norm(hidden, dim=-1).double()
-        kurtosis = _kurtosis_share(hidden)
+    def _of(self, hidden: Float[Tensor, "texts tokens width"]) -> dict[str, Tensor]:
+        if states.takes(hidden):
+            by_token, norms, kurtosis = states.token_figures(hidden).unbind(0)
+            median = states.medians(hidden)
+        else:
+            wide = _wide(hidden)
+            by_token, norms = wide.abs().amax(dim=-1), torch.linalg.vector_norm(wide, dim=-1)
+            kurtosis, median = _kurtosis_share(wide), medians(hidden)
+        places, values = _largest(hidden, by_token)
+        norms, kurtosis = norms.double(), kurtosis.double()
         sink_norm, rest_norm = self._apart(norms)
         sink_kurtosis, rest_kurtosis = self._apart(kurtosis)
         host = norms.gather(1, places[:, :1] // self.width)[:, 0]
         over = norms.mean(dim=1, keepdim=True) + OUTLIER_DEVIATIONS * norms.std(dim=1, keepdim=True, correction=0)
-        taken = {
-            "values": numbers.gather(1, places).double(),
+        return {
+            "values": values.double(),
             "places": places,
             "length": host * (self.tokens - 1) / (norms.sum(dim=1) - host),
             "sink_norm": sink_norm,
@@ -229,8 +229,8 @@ class States:
             "sink_kurtosis": sink_kurtosis,
             "rest_kurtosis": rest_kurtosis,
             "outliers": (norms > over).double().mean(dim=1),
+            "median": median,
         }
-        return {name: value.cpu().numpy() for name, value in taken.items()} | {"median": medians(numbers.abs())}
 
     def _apart(self, by_token: Float[Tensor, "texts tokens"]) -> tuple[Tensor, Tensor]:
         """The sink's, and the mean of the others'."""
@@ -238,12 +238,22 @@ class States:
         return its, (by_token.sum(dim=1) - its) / (self.tokens - 1)
 
     def finished(self) -> dict[str, np.ndarray]:
-        """Every statistic, `[texts, depths, ...]`; `largest` is the first of `values` without its sign."""
+        """Every statistic, `[texts, depths, ...]`; `largest` is the first of `values` without its sign.
+
+        Raises UnsupportedOption where the residual stream is not finite. It is asked only now, and everything brought
+        to the host at once: a GPU would be waited for at every depth.
+        """
         depths = [self._found[depth] for depth in sorted(self._found)]
         found = {
-            name: np.stack([np.concatenate([part[name] for part in parts]) for parts in depths], axis=1)
+            name: torch.stack([torch.cat([part[name] for part in parts]) for parts in depths], dim=1).cpu().numpy()
             for name in depths[0][0]
         }
+        odd = ~np.isfinite(found["values"]).all(axis=(0, 2))
+        if odd.any():
+            depth = sorted(self._found)[int(odd.argmax())]
+            raise UnsupportedOption(
+                f"the residual stream is not finite at depth {depth} in {self.dtype}: load it as float32"
+            )
         return found | {"largest": np.abs(found["values"][..., 0])}
 
     def fixed(self) -> bool:
@@ -254,26 +264,37 @@ class States:
         return all(bool(((end - end[0]).norm(dim=-1) <= near * end[0].norm()).all()) for end in ends)
 
 
-def _largest(hidden: Float[Tensor, "texts tokens width"]) -> Int[Tensor, "texts some_numbers"]:
-    """Places in the flattened text of its largest magnitudes, falling: they are among the tokens with the largest."""
+def _wide(hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places width"]:
+    """At least float32."""
+    return hidden if hidden.dtype == torch.float64 else hidden.float()
+
+
+def _largest(
+    hidden: Float[Tensor, "texts tokens width"], by_token: Float[Tensor, "texts tokens"]
+) -> tuple[Int[Tensor, "texts some_numbers"], Float[Tensor, "texts some_numbers"]]:
+    """Places in the flattened text of its largest magnitudes, falling, and what stands there.
+
+    They are among the tokens with the largest, of which `by_token` is each one's.
+    """
     width = hidden.shape[-1]
-    by_token = hidden.abs().amax(dim=-1)
     tokens = by_token.topk(min(LARGEST, by_token.shape[1]), dim=1).indices.sort(dim=1).values
-    candidates = hidden.gather(1, tokens[..., None].expand(-1, -1, width)).abs().flatten(1)
-    found = candidates.topk(LARGEST, dim=1).indices
-    return tokens.gather(1, found // width) * width + found % width
+    candidates = hidden.gather(1, tokens[..., None].expand(-1, -1, width)).flatten(1)
+    found = candidates.abs().topk(LARGEST, dim=1).indices
+    return tokens.gather(1, found // width) * width + found % width, candidates.gather(1, found)
 
 
-def medians(magnitude: Float[Tensor, "texts numbers"]) -> Float[np.ndarray, " texts"]:
-    """The exact median of each row, the mean of the middle two if their number is even."""
+def medians(hidden: Float[Tensor, "texts ..."]) -> Float[Tensor, " texts"]:
+    """The exact median of each text's magnitudes, in float64, the mean of the middle two if their number is even."""
+    magnitude = hidden.flatten(1).abs()
+    magnitude = magnitude if magnitude.dtype == torch.float64 else magnitude.float()  # numpy knows no bfloat16
     numbers = magnitude.cpu().numpy()
     half = numbers.shape[1] // 2
     # One pivot is what numpy has a vectorised selection for: twenty times as fast as torch.median, or as two pivots.
     parted = np.partition(numbers, half, axis=1)
     upper = parted[:, half].astype(np.float64)
-    if numbers.shape[1] % 2:
-        return upper
-    return (upper + parted[:, :half].max(axis=1)) / 2
+    if numbers.shape[1] % 2 == 0:
+        upper = (upper + parted[:, :half].max(axis=1)) / 2
+    return torch.from_numpy(upper)
 
 
 def _kurtosis_share(hidden: Float[Tensor, "texts tokens width"]) -> Float[Tensor, "texts tokens"]:
@@ -282,7 +303,7 @@ def _kurtosis_share(hidden: Float[Tensor, "texts tokens width"]) -> Float[Tensor
     variance = squares.mean(dim=-1, keepdim=True)
     squares /= variance.clamp(min=torch.finfo(hidden.dtype).tiny)
     width = hidden.shape[-1]
-    return squares.square_().mean(dim=-1).double() / (width - 2 + 1 / (width - 1))
+    return squares.square_().mean(dim=-1) / (width - 2 + 1 / (width - 1))
 
 
 class HeadNorms:
@@ -301,10 +322,10 @@ class HeadNorms:
         for name, heads in (("value", arrival.value), ("key", arrival.key)):
             wide = heads if heads.dtype == torch.float64 else heads.float()
             norms = torch.linalg.vector_norm(wide, dim=-1).double()
-            summed = torch.einsum("wbt,bht->wh", which, norms).cpu()
+            summed = torch.einsum("wbt,bht->wh", which, norms)
             at = (name, arrival.layer)
             self.sums[at] = self.sums.get(at, 0) + summed
-            self._counts[at] = self._counts.get(at, 0) + which.sum(dim=(1, 2)).cpu()
+            self._counts[at] = self._counts.get(at, 0) + which.sum(dim=(1, 2))
 
     def ratio(self, name: str, layers: int) -> Float[np.ndarray, "layers kv_heads"]:
         """Mean norm of the sink's over the mean norm of the others', NaN for a layer without attention."""
@@ -313,7 +334,7 @@ class HeadNorms:
         for (which, layer), sums in self.sums.items():
             if which == name:
                 means = sums / self._counts[which, layer][:, None]
-                found[layer] = (means[0] / means[1]).numpy()
+                found[layer] = (means[0] / means[1]).cpu().numpy()
         return found
 
 

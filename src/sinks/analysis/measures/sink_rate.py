@@ -11,23 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinks.analysis.inputs import MOVED_TO, Condition, alike, bos_of, dressed
+from sinks.analysis.measures.importance import Importance, Prefixes
 from sinks.analysis.probe import probe, read
-from sinks.kernels.lens import Sight
 from sinks.reading.estimate import Estimate, estimate
 from sinks.types import Listener, Stage, ignore, unwatched
 
 EPSILON = 0.3
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = tuple(2**power for power in range(4, 21))
 FIRST = 16
 """Keys whose importance is kept for every head."""
-FEW = 4
+LONG = 16_384
+"""Tokens of a text from which on only the first keys are kept: on a GPU all others cost a second pass."""
 COMMON = 0.25
 """Share of heads for which a key must pass to count as one of the model's sinks."""
 PRESENT = 0.1
@@ -105,119 +105,6 @@ class SinkRates:
     verdict: str
 
 
-class Importance:
-    """Collects, by text, layer and head, the mean attention that each key receives from the queries that see it.
-
-    Feed it batches of texts of one length, without pads: `probe(model, see=collector.see)`, then `close` after each
-    batch. `sink` is the key whose share of later queries' attention is wanted. Keeps texts x layers x heads x keys
-    numbers, in float64.
-    """
-
-    def __init__(self, tokens: int, sink: int = 0) -> None:
-        self.tokens, self.sink = tokens, sink
-        self._received: dict[tuple[int, int], Tensor] = {}
-        self._on_sink: dict[tuple[int, int], Tensor] = {}
-        self._on_four: dict[tuple[int, int], Tensor] = {}
-        self._seen: dict[int, Tensor] = {}
-        self._floor: dict[int, Tensor] = {}
-        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def see(self, sight: Sight) -> None:
-        """Add one block."""
-        view, real = sight.view, sight.view.keys[0] >= 0  # a key that a lens has added is nobody's token
-        keys = view.keys[0][real]
-        received = sight.received()[..., real]  # summed in the model's own precision: half the memory on long texts
-        on_sink = self._later(sight, torch.tensor([self.sink]), self.sink + 1)
-        on_four = self._later(sight, torch.arange(FEW), FEW)
-        for index, head in enumerate(view.heads):
-            place = (view.layer, head)
-            sums = self._received.setdefault(place, received.new_zeros(len(received), self.tokens))
-            sums.index_add_(1, keys, received[:, index])
-            self._on_sink[place] = self._on_sink.get(place, 0) + on_sink[:, index]
-            self._on_four[place] = self._on_four.get(place, 0) + on_four[:, index]
-        if view.heads.start == 0 and not self._batches:  # who sees whom is the same for every head and text
-            visible = (sight.scores[0, 0][:, real] > -torch.inf).double()
-            for sums, share in ((self._seen, visible), (self._floor, visible / visible.sum(dim=-1, keepdim=True))):
-                total = sums.setdefault(view.layer, visible.new_zeros(self.tokens))
-                total.index_add_(0, keys, share.sum(dim=0))
-
-    def _later(self, sight: Sight, keys: Tensor, first: int) -> Float[Tensor, "batch heads"]:
-        """Weight on `keys` together, summed over the queries from position `first` on."""
-        later = (sight.view.queries >= first).double()
-        return torch.einsum("bhqw,bq->bh", sight.on(keys.to(later.device)).double(), later)
-
-    def close(self) -> None:
-        """End a batch."""
-        layers, heads = (1 + max(place[axis] for place in self._received) for axis in (0, 1))
-        batch = []
-        for sums in (self._received, self._on_sink, self._on_four):
-            rows = [torch.stack([sums.pop((layer, head)) for head in range(heads)], dim=1) for layer in range(layers)]
-            batch.append(torch.stack(rows, dim=1).cpu().numpy())
-        self._batches.append((batch[0], batch[1], batch[2]))
-
-    @property
-    def received(self) -> Float[np.ndarray, "texts layers heads keys"]:
-        """Attention that each key received, summed over queries."""
-        return np.concatenate([batch[0] for batch in self._batches]).astype(np.float64)
-
-    @property
-    def alpha(self) -> Float[np.ndarray, "texts layers heads keys"]:
-        """Importance: the mean over the queries that see a key; 0 for a key that nobody sees."""
-        return self.received / np.maximum(self.seen[:, None, :], 1)
-
-    @property
-    def seen(self) -> Float[np.ndarray, "layers keys"]:
-        """How many queries see each key."""
-        return _by_layer(self._seen)
-
-    @property
-    def floor(self) -> Float[np.ndarray, "layers keys"]:
-        """The importance that each key would have if every query attended uniformly to what it sees."""
-        return _by_layer(self._floor) / np.maximum(self.seen, 1)
-
-    @property
-    def sink_mass(self) -> Float[np.ndarray, "texts layers heads"]:
-        """Mean attention on the sink, over the queries after it."""
-        return np.concatenate([batch[1] for batch in self._batches]) / (self.tokens - self.sink - 1)
-
-    @property
-    def four_mass(self) -> Float[np.ndarray, "texts layers heads"]:
-        """Mean attention on the first four keys together, over the queries after them."""
-        return np.concatenate([batch[2] for batch in self._batches]) / (self.tokens - FEW)
-
-
-def _by_layer(sums: Mapping[int, Tensor]) -> Float[np.ndarray, "layers keys"]:
-    return torch.stack([sums[layer] for layer in sorted(sums)]).cpu().numpy()
-
-
-class Prefixes:
-    """Collects the attention on key 0 of every query, so that each prefix of a text gives its own importance."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._weights: dict[tuple[int, int], Tensor] = {}
-        self._batches: list[np.ndarray] = []
-
-    def see(self, sight: Sight) -> None:
-        """Add one block."""
-        view = sight.view
-        weights = sight.on(view.queries.new_zeros(1))[..., 0]
-        rows = slice(int(view.queries[0, 0]), int(view.queries[0, -1]) + 1)
-        for index, head in enumerate(view.heads):
-            place = (view.layer, head)
-            self._weights.setdefault(place, weights.new_zeros(len(weights), self.tokens))[:, rows] = weights[:, index]
-
-    def close(self) -> None:
-        """End a batch."""
-        places = sorted(self._weights)
-        self._batches.append(torch.stack([self._weights.pop(place) for place in places], dim=1).cpu().numpy())
-
-    @property
-    def weights(self) -> Float[np.ndarray, "texts layers_times_heads queries"]:
-        """Attention of every query on key 0."""
-        return np.concatenate(self._batches).astype(np.float64)
-
-
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -273,17 +160,24 @@ def measure_encoder(
 
 
 def collect(
-    model: PreTrainedModel, inputs: Tensor | Mapping[str, Tensor], sink: int, listen: Listener = ignore
+    model: PreTrainedModel,
+    inputs: Tensor | Mapping[str, Tensor],
+    sink: int,
+    listen: Listener = ignore,
+    *,
+    kept: int | None = None,
 ) -> Importance:
-    """The importance of every key in dense passes over inputs of one length, some at a time; `listen` hears tokens.
+    """The importance of keys in dense passes over inputs of one length, some at a time; `listen` hears tokens.
+
+    Of the first `kept` keys; None: of every key, or of the first 16 where there are more than `LONG`.
 
     `inputs` are token ids `[texts, tokens]`, or named inputs of a model that takes others.
     """
     named = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     tokens = tokens_of(model, named)
-    found = Importance(tokens, sink)
+    found = Importance(tokens, sink, kept or (tokens if tokens <= LONG else FIRST))
     size = max(1, BATCH_TOKENS // tokens)
-    with probe(model, see=found.see):
+    with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in zip(*(value.split(size) for value in named.values()), strict=True):
             read(model, dict(zip(named, batch, strict=True)))
             found.close()
@@ -346,22 +240,21 @@ def by_length(
 
     In layers with a window of their own, the queries that no longer see key 0 count as giving it nothing.
     """
-    found = Prefixes(ids.shape[1])
-    with probe(model, see=found.see):
+    lengths = [length for length in LENGTHS if length <= ids.shape[1]]
+    found = Prefixes(lengths)
+    with probe(model, see=found.see, sum_up=found.sum_up):
         for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
             read(model, batch)
             found.close()
             listen(batch.numel())
-    sums = found.weights.cumsum(axis=-1)
-    lengths = [length for length in LENGTHS if length <= ids.shape[1]]
+    own, *sums = np.moveaxis(found.sums, -1, 0)
+    by = dict(zip(lengths, sums, strict=True))
     return Lengths(
         condition,
         epsilon,
-        rate={length: _over_texts(sums[..., length - 1] / length > epsilon, seed) for length in lengths},
-        mass={
-            length: _over_texts((sums[..., length - 1] - sums[..., 0]) / (length - 1), seed) for length in lengths
-        },
-    )  # fmt: skip
+        rate={length: _over_texts(total / length > epsilon, seed) for length, total in by.items()},
+        mass={length: _over_texts((total - own) / (length - 1), seed) for length, total in by.items()},
+    )
 
 
 def binding(natural: Mapping[str, SinkRate]) -> tuple[str, str]:
