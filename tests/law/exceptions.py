@@ -17,7 +17,6 @@ class Allowed:
     reason: str
 
 
-POINTERS = "a Triton kernel takes pointers, sizes and what is known at compile time one by one"
 STEP = "one call a layer: the tensors of a token and of a ring one by one, as they lie in a captured step"
 
 EXCEPTIONS: tuple[Allowed, ...] = (
