@@ -23,27 +23,23 @@ from sinks.models.weights.quantize import quantize
 NEAR = 2_000
 
 
-def _fetching(tiles: tuple[int, int, int], *counts: int) -> list[Tiles]:
-    return [Tiles(*tiles, fetch=count) for count in counts]
-
-
 def _all(*each: tuple[int, int, int]) -> list[Tiles]:
     return [Tiles(*one) for one in each]
 
 
 ONE = {
     "1B": {
-        "out": [*_fetching((2, 1024, 4), 8192, 16384, 32768), *_fetching((4, 1024, 4), 0, 16384, 32768, 65536)],
+        "out": _all((2, 1024, 4), (4, 2048, 8), (8, 1024, 4)),
         "gate_up": _all((8, 1024, 8), (16, 1024, 8), (8, 512, 2), (8, 512, 4), (16, 512, 4), (4, 512, 2)),
         "down": _all((4, 1024, 4), (8, 1024, 4), (8, 512, 4), (8, 1024, 8), (4, 2048, 4)),
         "qkv": _all((4, 1024, 2), (8, 1024, 8), (8, 512, 4), (2, 1024, 2)),
         "head": _all((16, 512, 4), (8, 512, 4), (8, 256, 1), (16, 256, 2)),
     },
     "135M": {
-        "out": [*_fetching((4, 1024, 4), 8192, 16384, 32768), *_fetching((4, 1024, 2), 16384)],
-        "gate_up": [*_fetching((4, 1024, 4), 4096, 8192), *_all((4, 1024, 8), (8, 1024, 8))],
-        "down": [*_fetching((4, 2048, 4), 8192, 16384), *_all((4, 2048, 8), (2, 2048, 8))],
-        "qkv": [*_fetching((4, 1024, 2), 2048, 4096), *_all((4, 1024, 1), (2, 1024, 2), (4, 1024, 4))],
+        "out": _all((4, 1024, 2), (4, 2048, 4), (8, 1024, 4)),
+        "gate_up": _all((4, 1024, 8), (8, 1024, 8), (2, 1024, 4)),
+        "down": _all((4, 2048, 8), (2, 2048, 8), (2, 2048, 4)),
+        "qkv": _all((4, 1024, 1), (2, 1024, 2), (4, 1024, 4)),
         "head": _all((16, 64, 2), (32, 64, 4), (64, 64, 4)),
     },
 }
@@ -139,7 +135,7 @@ def tune(model: Any, case: tuple[str, int, str], rounds: int) -> None:
 def warm(products: dict[str, Product], case: tuple[str, int, str]) -> None:
     """Compile in many threads."""
     rows = case[1]
-    pdl, names = chain_for(rows).products, list(products)
+    pdl = chain_for(rows).products
 
     def one(work: Any) -> None:
         name, product, tiles = work
@@ -149,10 +145,9 @@ def warm(products: dict[str, Product], case: tuple[str, int, str]) -> None:
         out = torch.zeros(8, high, product.outputs, device="cuda", dtype=kind)
         try:
             if rows == 1:
-                behind = products[names[(names.index(name) + 1) % len(names)]]
                 fused = torch.float32 if product.gain is not None else torch.bfloat16
                 x = torch.zeros(high, product.depth, device="cuda", dtype=fused)
-                product.one(x, out, tiles, residual=product.splits, best=best, following=behind, pdl=pdl)
+                product.one(x, out, tiles, residual=product.splits, best=best, pdl=pdl)
             else:
                 x = torch.zeros(high, product.depth, device="cuda", dtype=torch.bfloat16)
                 product.many(x, out, rows, tiles, best=best, pdl=pdl)

@@ -17,9 +17,7 @@ class Tiles:
     """How a product is cut: outputs and depth of a tile, warps of a program.
 
     For more rows than one also: how many tiles are on their way, whether the weight is the matrix units' left operand,
-    among how many programs the depth is split, and how many rows a program takes at most. For one row, each
-    program asks for `fetch` bytes of the next product's weight while it waits for the kernel ahead.
-    """
+    among how many programs the depth is split, and how many rows a program takes at most."""
 
     cols: int
     depth: int
@@ -28,7 +26,6 @@ class Tiles:
     turned: bool = False
     splits: int = 1
     rows: int = 64
-    fetch: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,21 +74,19 @@ class Product:
 
     def one(
         self, given: Tensor, out: Tensor, tiles: Tiles, *, residual: bool = False, best: Tensor | None = None,
-        following: Product | None = None, pdl: int = 0,
+        pdl: int = 0,
     ) -> None:  # fmt: skip
         """The first row of `given`, normalised here, into that of `out`, or added to it.
 
         `best` `[rows, places]` takes the largest outputs, and where they stand (`choose` empties it).
         """
-        programs, absent, after = self.programs(tiles), self.weight, following or self
+        programs, absent = self.programs(tiles), self.weight
         with on(absent.device):
             thin[(programs,)](
                 given, absent if self.gain is None else self.gain, *self._held(), out,
                 absent if best is None else best,
-                (after.weight, after.weight.nbytes // (2 if after.gated else 1), int(after.gated)),
                 (self.depth, self.outputs, 1, programs, self.epsilon, len(self.weight)),
                 NORM=self.gain is not None, OFFSET=self.offset, WHOLE=tiles.depth >= self.depth,
-                FETCH=tiles.fetch if pdl and following is not None else 0,
                 **self._constants(tiles, residual, best, pdl),
             )  # fmt: skip
 
@@ -143,9 +138,7 @@ def tiles_for(product: Product, rows: int) -> Tiles:
     if rows == 1:
         return _tiles_for_one(product)
     if rows <= 16:
-        if product.splits:
-            return Tiles(64, 128, 4, 4, True, 4)
-        return Tiles(32, 128, 4, 4) if product.gated else Tiles(64, 64, 4, 6, True)
+        return _tiles_for_few(product)
     if product.splits:
         return Tiles(64, 128, 4, 4, True, 4) if product.depth > 4096 else Tiles(32, 128, 4, 4, splits=2)
     return Tiles(32, 128, 4, 4) if product.outputs < 4096 else Tiles(64, 64, 4, 5, True)
@@ -156,6 +149,18 @@ def _tiles_for_one(product: Product) -> Tiles:
         return Tiles(8, 512, 2) if product.depth > 1024 else Tiles(16, 64, 1)
     if product.gated:
         return Tiles(8 if product.depth > 1024 else 4, 1024, 4)
+    if product.depth > 2048:
+        return Tiles(2, 2048, 4)
     if product.depth > 1024:
-        return Tiles(2, 2048, 4) if product.splits and product.depth > 2048 else Tiles(4, 1024, 4)
+        return Tiles(4, 1024, 4) if product.depth == 2048 else Tiles(4, 2048, 4)
     return Tiles(4, 1024, 4 if product.splits else 2)
+
+
+def _tiles_for_few(product: Product) -> Tiles:
+    if product.gated:
+        return Tiles(32, 128, 4, 4)
+    if product.depth > 4096:
+        return Tiles(64, 128, 4, 4, True, 4 if product.splits else 1)
+    if product.outputs > 2**15:
+        return Tiles(64, 128, 4, 4, True)
+    return Tiles(16, 128, 2, 6, splits=2 if product.splits else 1)

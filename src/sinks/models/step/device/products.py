@@ -28,25 +28,6 @@ def ahead(PDL: constexpr) -> None:
 
 
 @jit
-def _fetch(weight: Value, number: Value, half: Value, gated: Value, FETCH: constexpr) -> None:
-    """Have the second-level cache fetch FETCH bytes of a weight, one program's share: till the wait ends the bus idles.
-
-    Of a weight of two halves, `half` bytes each, the same rows of both.
-    """
-    line = tl.arange(0, FETCH // 128) * 128
-    first = weight.to(tl.pointer_type(tl.int8))
-    if gated:
-        share = number.to(tl.int64) * (FETCH // 2) + line % (FETCH // 2)
-        places = tl.minimum(share, half - 1) + tl.where(line < FETCH // 2, 0, half)
-    else:
-        places = tl.minimum(number.to(tl.int64) * FETCH + line, half - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(first + places).to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@jit
 def bent(value: Value, GELU: constexpr) -> Value:
     """SiLU, or GELU in its form with tanh."""
     if GELU:
@@ -173,14 +154,13 @@ def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: 
 
 @jit
 def thin(
-    x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, following: Value,
-    sizes: Value, COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
+    x: Value, gain: Value, weight: Value, scales: Value, bias: Value, out: Value, best: Value, sizes: Value,
+    COLS: constexpr, DEPTH: constexpr, NORM: constexpr, GATED: constexpr, GELU: constexpr,
     RESIDUAL: constexpr, BIAS: constexpr, BITS: constexpr, PLACES: constexpr, OFFSET: constexpr, PDL: constexpr,
-    FETCH: constexpr, WHOLE: constexpr,
+    WHOLE: constexpr,
 ) -> None:  # fmt: skip
     """One row, by multiply and add. WHOLE: a tile has the whole depth.
 
-    `following`: the weight of the next product, the bytes of it or of one of its halves, and whether it has halves.
     `sizes`: depth, outputs, rows, programs, epsilon, rows of the weight. `BITS` 8: `scales` one number a row of the
     weight; 4: scale and centre of every 32 weights, two of which share a byte, 16 apart.
     """
@@ -196,8 +176,6 @@ def thin(
     second = first
     if GATED:
         second = _weights(weight, count + n, k, stride, real & (k < stride)[None, :])
-    if FETCH:
-        _fetch(following[0], number, following[1], following[2], FETCH)
     ahead(PDL)
     made, extra = tl.zeros([COLS, LANES], tl.float32), tl.zeros([COLS, LANES], tl.float32)
     squares = tl.zeros([DEPTH // PACK], tl.float32)

@@ -224,18 +224,17 @@ class _Program:
             )
             for made, tables in self.tables:
                 made.tables(positions, tables)
-            nexts = [block.qkv for block in weights.blocks[1:]]
-            for layer, (block, behind) in enumerate(zip(weights.blocks, [*nexts, weights.head], strict=True)):
-                self._block(layer, block, behind)
-            self._after_norm(weights.head, buffers.logits, None, self.best)
+            for layer, block in enumerate(weights.blocks):
+                self._block(layer, block)
+            self._after_norm(weights.head, buffers.logits, self.best)
             choose[(rows,)](
                 self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(self.chain.products)
             )
 
-    def _block(self, layer: int, block: DeviceBlock, behind: Product) -> None:
+    def _block(self, layer: int, block: DeviceBlock) -> None:
         step: Any = self.step
         buffers, rows, (queries, keys) = step.buffers, self.rows, step.weights.heads
-        self._after_norm(block.qkv, buffers.heads, block.out)
+        self._after_norm(block.qkv, buffers.heads)
         heads = buffers.heads[:rows]
         query, key, value = heads.split((queries, keys, keys), dim=1)
         (attend, tables), ring = self.attend[layer], step.rings[layer]
@@ -244,29 +243,29 @@ class _Program:
             attend_step(attend, query, key, value, ring[0], ring[1], *places)
         else:
             attend_step(attend, query, key, value, (ring[0], ring[1], ring[2]), (ring[3], ring[4], ring[5]), *places)
-        self._branch(block.out, buffers.seen, block.gate_up, block.after_attention)
-        self._after_norm(block.gate_up, buffers.inner, block.down)
-        self._branch(block.down, buffers.inner, behind, block.after_mlp)
+        self._branch(block.out, buffers.seen, block.after_attention)
+        self._after_norm(block.gate_up, buffers.inner)
+        self._branch(block.down, buffers.inner, block.after_mlp)
 
-    def _branch(self, product: Product, given: Tensor, behind: Product, after: Norm | None) -> None:
+    def _branch(self, product: Product, given: Tensor, after: Norm | None) -> None:
         """What goes to the residual: at once, or in parts that the next norm adds up."""
         step: Any = self.step
         tiles, at_once = step.tiles_for(product, self.rows), self.rows == 1 and after is None
         if self.rows == 1:
             out = step.buffers.states if at_once else step.buffers.branch
-            product.one(given, out, tiles, residual=at_once, following=behind, pdl=self.chain.products)
+            product.one(given, out, tiles, residual=at_once, pdl=self.chain.products)
         else:
             product.many(given, step.buffers.branch, self.rows, tiles, pdl=self.chain.products)
         if not at_once:
             self.pending = (1 if self.rows == 1 else tiles.splits, after)
 
-    def _after_norm(self, product: Product, out: Tensor, behind: Product | None, best: Tensor | None = None) -> None:
+    def _after_norm(self, product: Product, out: Tensor, best: Tensor | None = None) -> None:
         """The product of the normalised residual, to which what is pending has been added."""
         step: Any = self.step
         buffers, tiles, gain, pdl = step.buffers, step.tiles_for(product, self.rows), product.gain, self.chain.products
         parts, after = self.pending
         if self.rows == 1 and parts == 0:
-            product.one(buffers.states, out, tiles, best=best, following=behind, pdl=pdl)
+            product.one(buffers.states, out, tiles, best=best, pdl=pdl)
             return
         join[(self.rows,)](
             buffers.branch, gain if after is None else after.gain, buffers.states, gain, buffers.normed,
@@ -276,6 +275,6 @@ class _Program:
         )  # fmt: skip
         self.pending = (0, None)
         if self.rows == 1:
-            replace(product, gain=None).one(buffers.normed, out, tiles, best=best, following=behind, pdl=pdl)
+            replace(product, gain=None).one(buffers.normed, out, tiles, best=best, pdl=pdl)
         else:
             product.many(buffers.normed, out, self.rows, tiles, best=best, pdl=pdl)
