@@ -28,16 +28,6 @@ EXCEPTIONS: tuple[Allowed, ...] = (
     ),
     Allowed("src/sinks/kernels/device/step/launch.py::Step.prepare", "parameters", 9, STEP),
     Allowed("src/sinks/kernels/device/step/launch.py::attend_step", "parameters", 10, STEP),
-<<<<<<< HEAD
-=======
-    Allowed("src/sinks/kernels/device/turn.py::_turn", "parameters", 15, POINTERS),
-    Allowed("src/sinks/models/step/device/products.py::_end", "parameters", 12, POINTERS),
-    Allowed("src/sinks/models/step/device/products.py::_fold", "parameters", 10, POINTERS),
-    Allowed("src/sinks/models/step/device/products.py::_widened", "parameters", 9, POINTERS),
-    Allowed("src/sinks/models/step/device/products.py::thin", "parameters", 20, POINTERS),
-    Allowed("src/sinks/models/step/device/products.py::wide", "parameters", 20, POINTERS),
-    Allowed("src/sinks/models/step/device/small.py::join", "parameters", 11, POINTERS),
->>>>>>> gstep
     Allowed(
         "src/sinks/stream/session.py::Session.open",
         "parameters",
