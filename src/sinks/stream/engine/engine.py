@@ -14,7 +14,6 @@ from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.load import Loaded
-from sinks.models.parallel.share import refuse_shared
 from sinks.stream.engine.batch import choices, read_newest, warm_up
 from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
@@ -53,7 +52,6 @@ class Engine:
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
-        refuse_shared(loaded.model, "an engine")
         loaded = ready(loaded)
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)

@@ -21,6 +21,7 @@ from sinks.errors import BrokenCache, InvalidInput
 from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
+from sinks.models.parallel.share import refuse_shared
 from sinks.reading.tokens import given_ids
 from sinks.stream.answer import Answer
 from sinks.stream.chat import Dialogue
@@ -45,6 +46,7 @@ class Ground:
     slots: int = 0
 
     def __post_init__(self) -> None:
+        refuse_shared(self.loaded.model, "an engine")  # schedules that differ by process would wait for each other
         self.empty_cache()  # refuses now what would be refused later
         sizes: Any = {"sinks": self.plan.sinks, "window": self.plan.window, "cache": self.kind}
         pooled = self.slots and takes_seats(self.loaded.model)
