@@ -35,6 +35,8 @@ class OpenStream(Cache):
         if scheme.slopes is not None or any(layer.own_window is not None for layer in scheme.layers):
             raise UnsupportedOption("an open stream is for models with one rotary and no window of their own")
         layers = [Ring(plan) for _ in scheme.layers]  # they hold nothing: transformers asks them how long they are
+        for layer in layers:
+            layer.gate.is_open = True  # every pass of this stream is ours
         super().__init__(layers=list(layers))
         self.plan = plan
         self.positions = torch.full((rows,), position, dtype=torch.int64, device=model.device)
