@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sinks.reading.pace import CHUNK, DEVICE_CHUNK, LOGIT_BYTES, natural_chunk
+from sinks.reading.pace import CHUNK, DEVICE_CHUNK, LOGIT_BYTES, TURN_CHUNK, natural_chunk, turn_chunk
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -21,3 +21,9 @@ def test_logits_of_a_chunk_are_bounded(device: str, vocabulary: int, dtype: torc
     model = SimpleNamespace(device=torch.device(device), dtype=dtype, config=config)
     assert natural_chunk(model) == chunk  # type: ignore[arg-type]
     assert chunk == CHUNK or chunk * vocabulary * dtype.itemsize <= LOGIT_BYTES
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("device", "chunk"), [("cpu", CHUNK), ("cuda", TURN_CHUNK)])
+def test_a_turn_reads_what_others_can_wait_for(device: str, chunk: int) -> None:
+    assert turn_chunk(SimpleNamespace(device=torch.device(device))) == chunk  # type: ignore[arg-type]

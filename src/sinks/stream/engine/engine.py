@@ -23,16 +23,17 @@ from sinks.stream.engine.worker import Worker
 from sinks.stream.opening import ready
 from sinks.stream.pieces import check_stops
 from sinks.stream.sampling import GREEDY, Sampling
-from sinks.stream.session import CHUNK, Session
+from sinks.stream.session import Session
 
 
 class Engine:
     """`slots` streams at once, each of `sinks` first tokens and the last `window`; `queue` requests wait at most.
 
     Every stream has the same keys and values, so there is no paging: a slot is a stream's own cache. `step` reads at
-    most about `chunk` tokens of new prompts, then writes one token of every answer; the rules are those of `Scheduler`.
-    Either something calls `step` (iterating over a request does), or `start` has a thread do it. `submit` and `cancel`
-    never wait for a step; what touches a stream (`park`, `save`, `fork`, `leave`) waits for the end of the running one.
+    most about `chunk` tokens of new prompts (None: 256 on a CPU, 2,048 on a GPU), then writes one token of every
+    answer; the rules are those of `Scheduler`. Either something calls `step` (iterating over a request does), or
+    `start` has a thread do it. `submit` and `cancel` never wait for a step; what touches a stream (`park`, `save`,
+    `fork`, `leave`) waits for the end of the running one.
 
     A row's attention, sampling and random numbers are its own: only the products with the weights are shared, and
     they may round differently for another number of rows. With `steady` every step is as large as all slots, which
@@ -47,14 +48,14 @@ class Engine:
         window: int = DEFAULT_WINDOW,
         *,
         queue: int = 64,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         steady: bool = False,
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
         loaded = ready(loaded)
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
-        self._scheduler = Scheduler(slots, queue, chunk, parks=self._ground.pool is not None)
+        self._scheduler = Scheduler(slots, queue, self._ground.pace(chunk), parks=self._ground.pool is not None)
         self._size = slots if steady else 0
         self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}

@@ -22,6 +22,7 @@ from sinks.kernels.phase import table_dtype
 from sinks.models.families import base_of
 from sinks.models.load import Loaded
 from sinks.models.parallel.share import refuse_shared
+from sinks.reading.pace import turn_chunk
 from sinks.reading.tokens import given_ids
 from sinks.stream.answer import Answer
 from sinks.stream.chat import Dialogue
@@ -68,6 +69,10 @@ class Ground:
     def tokens(self) -> int:
         """How many token ids the model knows."""
         return cast(Any, self.loaded.model.get_input_embeddings()).weight.shape[0]
+
+    def pace(self, chunk: int | None) -> int:
+        """How many tokens of prompts a step reads: what was asked for, or what suits the model's device."""
+        return turn_chunk(self.loaded.model) if chunk is None else chunk
 
     def empty_cache(self) -> SinkCache:
         """A cache that has read nothing."""
