@@ -187,7 +187,7 @@ def test_what_does_not_fit_a_seat_is_refused_and_takes_none():
     model, narrow = attach(build("llama", layers=2)), attach(build("llama", layers=2, dtype=torch.float32))
     pool = Pool(model, 1, **SIZES)
     for wrong in (SinkCache.for_model(model, sinks=3, window=8), SinkCache.for_model(model, **SIZES, start=1)):
-        with pytest.raises(InvalidInput, match="other sizes"):
+        with pytest.raises(InvalidInput, match="make a pool of its sizes"):
             pool.put(wrong)
     single = SinkCache.for_model(narrow, **SIZES)
     fed(narrow, single, [4])

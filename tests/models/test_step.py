@@ -125,3 +125,23 @@ def exact(module) -> torch.Tensor:
     scale, centre = module.scales[:, : module.out_features].float().permute(2, 1, 0).unsqueeze(-1)
     q = ((module.weight_widened().unflatten(1, (-1, 32)) - centre) / scale).round()
     return (q * scale + centre).flatten(1)
+
+
+@pytest.mark.parametrize("change", ["replace", "assign", "cast"])
+def test_weights_that_were_replaced_or_moved_are_taken_up(change: str):
+    """What adapters, `load_state_dict(assign=True)` and `.to` do behind a hastened model's back."""
+    dtype = torch.float32 if change == "cast" else torch.float64
+    model, other, ids = hasten(attach(build("llama", layers=2, dtype=dtype))), build("llama", layers=2), tokens(20)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    if change == "replace":
+        model.model.layers[1].self_attn.q_proj = other.model.layers[1].self_attn.q_proj
+    elif change == "assign":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        model.to(torch.bfloat16)
+    lean, _ = stream(model, ids, [3, *[1] * 17])
+    plain, _ = stream(unhasten(model), ids, [3, *[1] * 17])
+    bound = 1e-10 if change != "cast" else 4 * 2**-8  # a few roundings to bfloat16
+    torch.testing.assert_close(lean, plain, rtol=0, atol=bound * float(plain.abs().max()))

@@ -276,6 +276,17 @@ class SinkCache(Cache):
         self._arrival = None
         self._gate.is_open = False
 
+    def take_back(self, seen: list[int]) -> None:
+        """End a pass of one token a row, if it was counted, as if it had never begun: rows then had read `seen`.
+
+        For a step that fails behind the last layer; feed that same token next. Nothing is lost: see `retract_pass`.
+        """
+        self.retract_pass()
+        if self._seen != seen:
+            self._seen = list(seen)
+            for ring in self.rings:
+                ring.columns_fed -= 1
+
     # What may be copied and put away
 
     def fork(self) -> SinkCache:

@@ -45,10 +45,16 @@ class Pool:
         with torch.no_grad():
             base_of(model)(input_ids=first, past_key_values=self.pattern, use_cache=True)
         rings = self.pattern.rings
-        with torch.inference_mode(False):
-            self._parts = [
-                {name: part.new_zeros(size, *part.shape[1:]) for name, part in ring.parts.items()} for ring in rings
-            ]
+        try:
+            with torch.inference_mode(False):
+                self._parts = [
+                    {name: part.new_zeros(size, *part.shape[1:]) for name, part in ring.parts.items()} for ring in rings
+                ]
+        except torch.OutOfMemoryError as error:
+            raise CacheError(
+                f"{size} seats of {sinks} + {window} tokens do not fit into the memory of {model.device}: ask for "
+                'fewer, for a smaller window, or for cache="int8"'
+            ) from error
         self._free = list(range(size))[::-1]
         parts = [tuple(layer.values()) for layer in self._parts]
         self.reason = self.pattern.why_no_seats()
@@ -92,7 +98,11 @@ class Pool:
         """
         pattern = self.pattern
         if (cache.plan, cache.kind, cache.start) != (pattern.plan, pattern.kind, pattern.start):
-            raise InvalidInput("this cache has other sizes than the seats of this pool")
+            raise InvalidInput(
+                f"this cache has sinks={cache.sinks}, window={cache.window}, cache={cache.kind}, start={cache.start}, "
+                f"and these seats have sinks={pattern.sinks}, window={pattern.window}, cache={pattern.kind}, "
+                f"start={pattern.start}: make a pool of its sizes"
+            )
         seated = self.take()
         try:
             seated.adopt(cache.dump())

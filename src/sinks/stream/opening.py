@@ -49,10 +49,12 @@ def loaded_from(model: Loaded | str | Path | None, options: Mapping[str, Any]) -
 def ready(loaded: Loaded) -> Loaded:
     """The same model, attached; on a GPU its decode steps are hastened where they can be, and the source says so."""
     model = attach(loaded.model)
-    if model.device.type != "cuda" or is_hastened(model):
+    if model.device.type != "cuda":
         return loaded
-    if why_no_device_step(model) is None:
+    if not is_hastened(model) and why_no_device_step(model) is None:
         hasten(model)
+    if steps_of(model) in loaded.source.note:
+        return loaded
     notes = [note for note in (loaded.source.note, steps_of(model)) if note]
     return replace(loaded, source=replace(loaded.source, note="; ".join(notes)))
 

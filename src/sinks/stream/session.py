@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
-from sinks.cache.plan import Plan
+from sinks.cache.plan import Plan, check_whole
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, CacheError, InvalidInput
 from sinks.kernels.phase import table_dtype
@@ -103,8 +103,8 @@ class Session:
 
         `chunk` tokens are fed in one forward pass; None is what suits the device (`natural_chunk`).
         """
-        if chunk is not None and chunk < 1:
-            raise InvalidInput(f"chunk={chunk}: feed at least one token at a time")
+        if chunk is not None:
+            check_whole("chunk", chunk, least=1)
         self.loaded = loaded
         self.system = system
         self.advice = advice

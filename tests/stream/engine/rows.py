@@ -35,8 +35,8 @@ def spans(session: Session) -> list[tuple[int, list[int]]]:
 
 
 @contextmanager
-def failing_on(token: int, error: BaseException) -> Iterator[None]:
-    """Inside, a pass that has this token in it fails half-way, in the second layer."""
+def failing_on(token: int, error: BaseException, part: str = "model.layers.1.mlp") -> Iterator[None]:
+    """Inside, a pass that has this token in it fails in a part of the model: half-way, in the second layer."""
     model = tiny_loaded().model
     seen: list[torch.Tensor] = []
 
@@ -49,7 +49,7 @@ def failing_on(token: int, error: BaseException) -> Iterator[None]:
 
     handles = [
         model.get_input_embeddings().register_forward_pre_hook(note),
-        model.model.layers[1].mlp.register_forward_pre_hook(fail),  # type: ignore[union-attr]
+        model.get_submodule(part).register_forward_pre_hook(fail),
     ]
     try:
         yield

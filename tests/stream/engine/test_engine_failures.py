@@ -5,21 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sinks.errors import CacheError, EngineClosed, EngineError, RequestFailed
+from sinks.errors import CacheError, EngineClosed, EngineError, InvalidInput, RequestFailed
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import BUFFER, Request
 from sinks.stream.sampling import Sampling
 from tests.stream.engine.rows import PROMPTS, RARE, alone, engine, failing_on
 from tests.stream.opened import IDS, SINKS, WINDOW, opened, tiny_loaded
 
+PARTS = ("model.layers.1.mlp", "lm_head")
+"""A step fails within the layers, or when they are through."""
 
-def test_a_step_that_fails_under_one_row_fails_that_row_alone():
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_step_that_fails_under_one_row_fails_that_row_alone(part: str):
     expected = [alone(prompt, 12) for prompt in PROMPTS]
     together = engine()
     requests = [together.submit(prompt, max_tokens=12) for prompt in PROMPTS]
     victim = together.join()
     failing = victim.submit(IDS[:20], sampling=Sampling(logit_bias={RARE: 1e6}), max_tokens=12)
-    with failing_on(RARE, RuntimeError("no")), pytest.raises(RequestFailed, match="RuntimeError: no") as failure:
+    with failing_on(RARE, RuntimeError("no"), part), pytest.raises(RequestFailed, match="RuntimeError: no") as failure:
         failing.text()
     assert isinstance(failure.value.__cause__, RuntimeError)
     assert [request.text() for request in requests] == expected
@@ -60,11 +64,12 @@ def test_logits_of_one_row_that_are_not_finite_fail_that_row_alone():
         bad.text()
 
 
-def test_ctrl_c_in_a_step_loses_nothing():
+@pytest.mark.parametrize("part", PARTS)
+def test_ctrl_c_in_a_step_loses_nothing(part: str):
     expected = alone(IDS[:20], 3, sampling=Sampling(logit_bias={RARE: 1e6}))
     together = engine()
     request = together.submit(IDS[:20], max_tokens=3, sampling=Sampling(logit_bias={RARE: 1e6}))
-    with failing_on(RARE, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with failing_on(RARE, KeyboardInterrupt(), part), pytest.raises(KeyboardInterrupt):
         together.run()
     assert request.text() == expected and request.tokens == 3
 
@@ -158,3 +163,26 @@ def test_closing_ends_everything():
         with pytest.raises(EngineClosed):
             use()
     assert together.nbytes == 0 and not together.step()
+
+
+def test_a_caller_whose_news_raise_stops_nobody(caplog: pytest.LogCaptureFixture):
+    together, expected = engine(), [alone(prompt, 8) for prompt in PROMPTS[:2]]
+    calls: list[None] = []
+
+    def raising() -> None:
+        calls.append(None)
+        raise RuntimeError("the loop is closed")
+
+    requests = [
+        together.submit(PROMPTS[0], max_tokens=8, on_news=raising),
+        together.submit(PROMPTS[1], max_tokens=8),
+    ]
+    together.run()
+    assert [request.text() for request in requests] == expected
+    assert len(calls) == 1 and "not called again" in caplog.text
+
+
+def test_a_stream_of_another_engine_is_refused():
+    stream = engine().join()
+    with pytest.raises(InvalidInput, match="another engine"):
+        engine().submit(PROMPTS[0], stream=stream)

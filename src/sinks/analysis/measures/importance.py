@@ -30,7 +30,7 @@ class Importance:
     """
 
     def __init__(self, tokens: int, sink: int = 0, kept: int | None = None) -> None:
-        self.tokens, self.sink, self.kept = tokens, sink, min(kept or tokens, tokens)
+        self.tokens, self.sink, self.kept = tokens, sink, min(tokens if kept is None else kept, tokens)
         if not 0 <= sink < self.kept:
             raise InvalidInput(f"sink={sink} is not among the {self.kept} keys that are kept")
         self._received: dict[tuple[int, int], Tensor] = {}

@@ -21,7 +21,7 @@ from sinks.errors import UnsupportedOption
 from sinks.kernels.band import flash
 from sinks.kernels.band.attend import DTYPES
 from sinks.kernels.band.operator import Walker
-from sinks.kernels.band.packed import WIDTHS, Packed, width_of
+from sinks.kernels.band.packed import Packed, width_of
 from sinks.kernels.device.forward import Shape, _walk, spans
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, need_triton, on, tl, triton
 from sinks.kernels.device.tiles import take_in, take_in_logit
@@ -31,6 +31,7 @@ LEAST = 2
 """New tokens from which the kernels are asked: a single one is a step."""
 
 FLASH_LEAST = 4096
+FLASH_WIDTH = 128
 """New tokens from which flash-attn-4 is asked: its calls cost a processor a fifth of a millisecond."""
 
 SHAPES: Mapping[int, Shape] = MappingProxyType({
@@ -43,7 +44,7 @@ def choose_arriving(query: Tensor, value: Tensor, *, scoring: Scoring) -> Walker
     """By whom a chunk of even rows without pads is attended behind its ring; None: block by block, in PyTorch.
 
     The kernels take bfloat16 and float16, heads of up to 256, any number of sinks, sink logits; no soft cap and no
-    ALiBi. They run where `need_triton` says. flash-attn-4 walks heads of more than 64 in long chunks, where it is the
+    ALiBi. They run where `need_triton` says. flash-attn-4 walks heads of 65 to 128 in long chunks, where it is the
     faster one.
     """
     if query.device.type != "cuda" or query.shape[2] < LEAST or query.dtype not in DTYPES:
@@ -57,7 +58,7 @@ def choose_arriving(query: Tensor, value: Tensor, *, scoring: Scoring) -> Walker
         need_triton(query.device)
     except UnsupportedOption:
         return None
-    return "flash" if width > WIDTHS[0] and query.shape[2] >= FLASH_LEAST and flash.has_flash() else "triton"
+    return "flash" if width == FLASH_WIDTH and query.shape[2] >= FLASH_LEAST and flash.has_flash() else "triton"
 
 
 @jit

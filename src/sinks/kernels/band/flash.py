@@ -33,13 +33,18 @@ def need_flash(device: torch.device) -> None:
             f"flash-attn-4 needs a Hopper GPU or a newer one, and this is {device}: choose impl='triton' or 'chunked'"
         )
     if not has_flash():
-        raise UnsupportedOption("flash-attn-4 is not installed: pip install flash-attn-4, or choose impl='triton'")
+        raise UnsupportedOption(
+            "flash-attn-4 is not installed, or cannot be imported: pip install flash-attn-4, or choose impl='triton'"
+        )
 
 
 @cache
 def has_flash() -> bool:
-    """Whether the package is there; an older flash-attn has no `cute`."""
-    return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn.cute"))
+    """Whether the package is there and whole; an older flash-attn has no `cute`, and one for another torch fails."""
+    try:
+        return importlib.util.find_spec("flash_attn") is not None and bool(_interface())
+    except (ImportError, OSError, RuntimeError):
+        return False
 
 
 def window_forward(

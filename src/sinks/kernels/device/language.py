@@ -47,23 +47,27 @@ SHARED_BYTES = 160 * 1024
 
 
 @cache  # asking the driver takes as long as a short text's attention
-def need_triton(device: torch.device) -> None:
-    """Raise UnsupportedOption unless the kernels of this room run on `device`."""
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps the kernels of this room from running on `device`; None: nothing."""
     if triton is None:
-        raise UnsupportedOption("Triton is not installed: install the package `triton`, or choose impl='chunked'")
+        return "Triton is not installed (install the package `triton`)"
     if triton.knobs.runtime.interpret:
-        return
+        return None
     if device.type != "cuda":
-        raise UnsupportedOption(f"Triton kernels do not run on {device.type}: choose impl='chunked'")
+        return f"Triton kernels do not run on {device.type}"
     if torch.cuda.get_device_capability(device) < (9, 0):
-        raise UnsupportedOption("the Triton kernels need a Hopper GPU or a newer one: choose impl='flex' or 'chunked'")
+        return "the Triton kernels need a Hopper GPU or a newer one"
     index = torch.cuda.current_device() if device.index is None else device.index
     there = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if there < SHARED_BYTES:
-        raise UnsupportedOption(
-            f"a program of this GPU has {there} bytes of shared memory and the kernels need {SHARED_BYTES}: choose "
-            "impl='flex' or 'chunked'"
-        )
+        return f"a program of this GPU has {there} bytes of shared memory and the kernels need {SHARED_BYTES}"
+    return None
+
+
+def need_triton(device: torch.device, instead: str = "choose impl='flex' or 'chunked'") -> None:
+    """Raise UnsupportedOption, naming what to do `instead`, unless the kernels of this room run on `device`."""
+    if reason := why_no_triton(device):
+        raise UnsupportedOption(f"{reason}: {instead}")
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

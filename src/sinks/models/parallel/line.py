@@ -29,6 +29,8 @@ def line(device: str = "cuda") -> Iterator[DeviceMesh]:
         raise InvalidInput(f"device={device!r}: processes share a model on {' or '.join(BACKENDS)}")
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         raise InvalidInput("this process has no neighbours: start it with torchrun --nproc-per-node N")
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+        raise InvalidInput("these processes are on several hosts, and a model is shared on one: start with --nnodes 1")
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise UnsupportedOption(f"this build of PyTorch has no {backend}: install one that has, or use another device")
     here = _device(device, int(os.environ["LOCAL_RANK"]))

@@ -64,6 +64,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     """What keeps this model from a lean decode step, as a sentence; None if nothing does."""
     if share_of(model) is not None:
         return "it is shared between processes"
+    if len({weight.device for weight in model.parameters()}) > 1:
+        return "its weights are on several devices"
+    held = vars(model).get("forward")
+    if held is not None and not hasattr(held, "lean"):
+        return "something else has taken the place of its forward"
     base: Any = base_of(model)
     config = base.config
     if config.model_type not in SHAPED:

@@ -35,9 +35,9 @@ PLAIN = {"input_ids", "past_key_values", "use_cache"}
 def hasten(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model` lean decode steps, and return it. Doing so twice is doing so once; `unhasten` undoes it.
 
-    Before or after `attach`. Projections of one input become views of one weight: edit them in place, or `unhasten`
-    and `hasten` again after replacing them. While hooks sit on modules inside the model, or a lens observes it, or
-    gradients are on, it runs as before.
+    Before or after `attach`. Projections of one input become views of one weight: edit them in place, or replace them;
+    the next prompt takes up new ones, and so does the next step once the model was moved or cast. While hooks sit on
+    modules inside the model, or a lens observes it, or gradients are on, it runs as before.
 
     Raises UnsupportedModel, with the reason, for a model that is not Llama-shaped.
     """
@@ -61,7 +61,8 @@ def is_hastened(model: PreTrainedModel) -> bool:
 def steps_of(model: PreTrainedModel) -> str:
     """How this model decodes, in words: captured, compiled, lean or ordinary steps, and why no better ones."""
     if not is_hastened(model):
-        return f"ordinary decode steps, since {why_not(model) or 'it is not hastened'}"
+        reason = why_not(model) if model.device.type == "cpu" else why_no_device_step(model)
+        return f"ordinary decode steps, since {reason or 'it is not hastened'}"
     if model.device.type != "cpu":
         reason = why_no_device_step(model)
         captured = "decode steps in one CUDA graph"
@@ -74,20 +75,40 @@ class LeanForward:
     """The `forward` of one hastened model: a lean step where it is one, the model's own forward otherwise."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self.__signature__ = inspect.signature(model.forward)  # transformers asks what a model can be given
+        self._take(model)
+
+    def _take(self, model: PreTrainedModel) -> None:
         self.lean = step_model(model)
         on_gpu = model.device.type != "cpu"
         self.device = DeviceModel(model) if on_gpu and why_no_device_step(model) is None else None
         self.native = NativeStep(model) if not on_gpu and native_reason(model) is None else None
-        self._model = weakref.ref(model)
-        self.__signature__ = inspect.signature(model.forward)  # transformers asks what a model can be given
         base = base_of(model)
         spared = {model, base, *rotary_modules(base)}  # `attach` hooks these, and means no other computation by it
         inside = [module for module in model.modules() if module not in spared]
         self._hooks = [held for module in inside for held in (module._forward_hooks, module._forward_pre_hooks)]
+        self._place = _place(model)
+        owners = [held for module in model.modules() for held in (module._parameters, module._modules)]
+        self._parts = [(held, name, part) for held in owners for name, part in held.items()]
+
+    def _is_current(self, model: PreTrainedModel, closely: bool) -> bool:
+        """Whether the model is where it was; `closely`: and made of the same modules and weights."""
+        if _place(model) != self._place:
+            return False
+        return not closely or all(held.get(name) is part for held, name, part in self._parts)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
-        if args or not is_step(model, kwargs) or any(self._hooks):
+        lean = not args and is_step(model, kwargs) and not any(self._hooks)
+        # Every prompt looks closely at the weights; a step, which takes no longer than that look, only where they are.
+        if not self._is_current(model, closely=not lean):
+            if why_not(model) is not None:
+                unhasten(model)
+                lean = False
+            else:
+                self._take(model)
+        if not lean:
             return type(model).forward(model, *args, **kwargs)
         cache = kwargs["past_key_values"]
         logits = step(self, base_of(model), kwargs["input_ids"], cache)
@@ -98,6 +119,11 @@ class LeanForward:
 
     def __reduce__(self) -> NoReturn:
         raise CacheError("a hastened model cannot be pickled: unhasten it first")
+
+
+def _place(model: PreTrainedModel) -> tuple[Any, ...]:
+    weight: Any = model.get_input_embeddings().weight
+    return weight.data_ptr(), weight.device, weight.dtype
 
 
 def is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from sinks.errors import UnsupportedOption
+
 GROUP = 32
 """Neighbouring weights of a row that share a scale and a centre in int4: the blocks of GGUF's Q4_1."""
 
@@ -148,6 +150,11 @@ class Int4Linear(PackedLinear):
         return made
 
     def product(self, rows: Tensor) -> Tensor:
+        if rows.device.type != "cpu":
+            raise UnsupportedOption(
+                f"these int4 weights are packed for a CPU, and the input is on {rows.device}: load the model there, "
+                "load(..., quant='int4', device='cuda')"
+            )
         made = _KERNELS._weight_int4pack_mm_for_cpu(rows.to(torch.bfloat16), self.packed, GROUP, self.scales)
         return (made if made.shape[1] == self.out_features else made[:, : self.out_features]).to(rows.dtype)
 

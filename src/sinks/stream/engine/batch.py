@@ -25,6 +25,7 @@ def read_newest(rows: Sequence[Row], size: int) -> None:
         row.check_moment()
         assert row.history.newest is not None  # nothing is written behind an empty stream
         newest.append([row.history.newest])
+    before = [row.cache.seen for row in rows]
     idle = max(0, size - len(rows))
     group = Group([row.cache for row in rows], idle)
     fed = torch.tensor([*newest, *[[0]] * idle], device=model.device)
@@ -32,6 +33,8 @@ def read_newest(rows: Sequence[Row], size: int) -> None:
         logits: Tensor = model(input_ids=fed, past_key_values=group, use_cache=True).logits[:, -1]
     except BaseException:
         group.close_pass(False)  # transformers' hooks do so too, but not for Ctrl-C
+        for row, seen in zip(rows, before, strict=True):
+            row.cache.take_back(seen)  # the layers may be through, and the output head not
         raise
     for row, own in zip(rows, logits, strict=False):
         row.logits = own

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
@@ -59,7 +60,7 @@ class Engine:
         self._size = slots if steady else 0
         self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}
-        self._numbers = 0
+        self._numbers = count(1)
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
         self._places = Places(self._scheduler, self._lock, self.dismiss)
@@ -92,8 +93,8 @@ class Engine:
         ids = [] if given is None else self._ground.encode(given, begins)
         with self._lock:
             self._check_open(stream)
-            stream = stream or Stream(self, self._number(), once=True)
-            request = Request(self, self._number(), stream, ask, on_news)
+            stream = stream or Stream(self, next(self._numbers), once=True)
+            request = Request(self, next(self._numbers), stream, ask, on_news)
             request.ids, request.begins = ids, begins
             self._scheduler.submit(request.number, stream.number)
             self._requests[request.number] = request
@@ -112,7 +113,7 @@ class Engine:
                 return self.adopt(Row.of_session(self._ground, session))
         with self._lock:
             self._check_open(None)
-            return Stream(self, self._number())
+            return Stream(self, next(self._numbers))
 
     def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.park`, `Stream.save` or `Session.save` wrote; it is read at its first request.
@@ -158,8 +159,8 @@ class Engine:
             turn = self._schedule()
             if turn.reads or not turn.writers:
                 self._say()
-            for number, count in turn.reads:
-                self._read(number, count)
+            for number, tokens in turn.reads:
+                self._read(number, tokens)
             self._write(turn.writers)
             return not turn.idle
 
@@ -174,7 +175,7 @@ class Engine:
         self._places.make_room()
         if admitted:
             self._say()
-        for request in admitted:
+        for request in [each for each in admitted if each.stream.gone is None]:  # one may be lost while room is made
             self._begin(request)
         with self._lock:
             return self._scheduler.turn(lambda number: not self._requests[number].full)
@@ -199,13 +200,13 @@ class Engine:
             if request.finish is None:
                 self._scheduler.begin(request.number, len(request.ids))
 
-    def _read(self, number: int, count: int) -> None:
-        """Read the next `count` tokens of a request."""
+    def _read(self, number: int, tokens: int) -> None:
+        """Read the next `tokens` of a request."""
         request = self._requests.get(number)
         row = None if request is None else request.stream.row
         if request is None or row is None:
             return  # cancelled a moment ago
-        part, request.ids = request.ids[:count], request.ids[count:]
+        part, request.ids = request.ids[:tokens], request.ids[tokens:]
         try:
             row.read(part)
         except BaseException as error:
@@ -284,7 +285,8 @@ class Engine:
     # Ends
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request with what went wrong."""
+        """End a request with what went wrong, once all that was chosen before is said; inside a step only."""
+        self._say()
         self._end(request, "failed", failure_of(error))
 
     def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
@@ -337,7 +339,7 @@ class Engine:
             row = self.row_of(stream)
             if self._scheduler.busy(stream.number):
                 raise EngineError("a request of this stream is running: cancel it, or wait until it is over")
-            number = self._number()
+            number = next(self._numbers)
             self._scheduler.reserve(number, stream.number)
         try:
             yield row
@@ -352,19 +354,15 @@ class Engine:
         """A stream with this row, in a free slot. Raises QueueFull."""
         with self._lock:
             self._check_open(None)
-            stream = Stream(self, self._number())
+            stream = Stream(self, next(self._numbers))
         self._places.bring(stream, row)
         return stream
 
     def _check_open(self, stream: Stream | None) -> None:
         if self._closed is not None:
             raise self._closed
-        if stream is not None and stream.gone is not None:
-            raise stream.gone
-
-    def _number(self) -> int:
-        self._numbers += 1
-        return self._numbers
+        if stream is not None:
+            stream.check(self)
 
     # A thread that steps
 
@@ -394,6 +392,7 @@ class Engine:
         """End every request with EngineClosed, and give the memory back."""
         self._close(EngineClosed("the engine was closed: make a new one"))
         self._worker.join()
+        self._ground.pool = None
 
     def _on_fault(self, error: Exception) -> None:
         """A fault of the engine itself: nobody may wait for it for ever."""
@@ -402,8 +401,7 @@ class Engine:
         self._close(why)
 
     def _close(self, why: EngineClosed) -> None:
-        with self._lock:
-            self._closed = self._closed or why
+        self._closed = self._closed or why
         self._worker.end()
         with self.between_steps(), self._lock:
             for request in list(self._requests.values()):

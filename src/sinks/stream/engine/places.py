@@ -95,6 +95,8 @@ class Places:
         with self._lock:
             self._scheduler.leave(stream.number)
             row, stream.row = stream.row, None
+            if stream.gone is not None:
+                stream.source = None  # it may lie in memory of the host, and nobody comes for it
             if row is not None:
                 self._leavers.append(row)
             self._streams.pop(stream.number, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from sinks.errors import InvalidInput, RequestFailed, SinksError
 from sinks.stream.answer import Answer, Finish
 from sinks.stream.engine.row import Given, Row
 from sinks.stream.sampling import GREEDY, Sampling
+
+LOG = logging.getLogger("sinks")
 
 if TYPE_CHECKING:
     from sinks.stream.engine.engine import Engine
@@ -141,8 +144,13 @@ class Request:
         self._tell()
 
     def _tell(self) -> None:
-        if self._on_news is not None:
+        if self._on_news is None:
+            return
+        try:
             self._on_news()
+        except Exception:  # one caller's mistake must not stop the others
+            self._on_news = None
+            LOG.exception("on_news of request %d raised, and is not called again", self.number)
 
 
 def failure_of(error: BaseException) -> Exception:
@@ -170,6 +178,15 @@ class Stream:
         self.begun = False
         self.gone: SinksError | None = None
         self._engine = engine
+
+    def check(self, engine: Engine) -> None:
+        """Raises what there is against asking this stream anything, or asking it of `engine`."""
+        if self.gone is not None:
+            raise self.gone
+        if self._engine is not engine:
+            raise InvalidInput(
+                "this stream belongs to another engine: submit it there, or park it to a file and resume() it here"
+            )
 
     def submit(
         self,
@@ -229,7 +246,10 @@ class Stream:
                 with self._engine.between_steps():
                     row.away()
             else:
-                row.save(path)
+                with self._engine.between_steps():  # a copy: the slot may be taken away while the file is written
+                    moment = row.fork()
+                    moment.away()
+                moment.save(path)
             self.source = row if path is None else Path(path)
 
     def fork(self) -> Stream:

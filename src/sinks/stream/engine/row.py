@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sinks.cache.cache import Kind, SinkCache
 from sinks.cache.fingerprint import fingerprint
-from sinks.cache.plan import Plan
+from sinks.cache.plan import Plan, check_whole
 from sinks.cache.pool import Pool, away
 from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import BrokenCache, InvalidInput
@@ -48,6 +48,7 @@ class Ground:
 
     def __post_init__(self) -> None:
         refuse_shared(self.loaded.model, "an engine")  # schedules that differ by process would wait for each other
+        check_whole("slots", self.slots, least=0)
         self.empty_cache()  # refuses now what would be refused later
         sizes: Any = {"sinks": self.plan.sinks, "window": self.plan.window, "cache": self.kind}
         pooled = self.slots and takes_seats(self.loaded.model)

@@ -94,7 +94,10 @@ def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
             _clear()
             listen(1)
         for text in bench.watched:
-            found.statistics.append(statistics_cost(text, bench.rounds))
+            try:
+                found.statistics.append(statistics_cost(text, bench.rounds))
+            except (SinksError, torch.cuda.OutOfMemoryError) as error:
+                found.absent.append(f"statistics at {text.tokens:,} tokens: {error}")
             _clear()
             listen(1)
     found.absent = list(dict.fromkeys(found.absent))
@@ -126,7 +129,11 @@ def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
 def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage) -> None:
     name, cases = candidate.name, list(product(bench.plans, bench.rows))
     listen = stage(name, len(cases) + 1)
-    model = candidate.build()
+    try:
+        model = candidate.build()
+    except (SinksError, torch.cuda.OutOfMemoryError) as error:
+        found.absent.append(f"{name}: {error}")
+        return
     ours = list(_packed(candidate, model, bench.quants, found.absent))
     for plan, rows in cases:
         everybody = [*entrants(model, ours, plan, rows, bench.steps)]
@@ -158,7 +165,7 @@ def _packed(
         try:
             model = whole if quant == "none" else quantize(candidate.build(), quant)
             yield Packed(name, model, DeviceModel(model))
-        except SinksError as error:
+        except (SinksError, torch.cuda.OutOfMemoryError) as error:
             absent.append(f"{name} on {candidate.name}: {error}")
 
 

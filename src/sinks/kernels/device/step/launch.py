@@ -232,4 +232,4 @@ def _refuse(query: Tensor, keys: Tensor | Parts, sinks: int, window: int, scorin
             )
     if scoring.scale <= 0:
         raise InvalidInput(f"scale={scoring.scale}: a score is scaled by a number above 0")
-    need_triton(query.device)
+    need_triton(query.device, "stream through sinks.SinkCache instead")

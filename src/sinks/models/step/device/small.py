@@ -8,14 +8,15 @@ from sinks.models.step.device.products import ahead, begin
 
 @jit
 def embed(ids: Value, table: Value, out: Value, sizes: Value, WIDTH: constexpr, PDL: constexpr) -> None:
-    """The embedding of each row's token, in float32. `sizes`: width, factor."""
+    """The embedding of each row's token, in float32. `sizes`: width, factor, tokens known; another id gives NaN."""
     begin(PDL)
     ahead(PDL)
     row = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < sizes[0]
     token = tl.load(ids + row)
-    own = tl.load(table + token * sizes[0] + column, mask=inside, other=0.0).to(tl.float32)
+    known = inside & (token >= 0) & (token < sizes[2])
+    own = tl.load(table + token * sizes[0] + column, mask=known, other=float("nan")).to(tl.float32)
     tl.store(out + row * sizes[0] + column, own * sizes[1], mask=inside)
 
 

@@ -220,7 +220,7 @@ class _Program:
         self.pending: tuple[int, Norm | None] = (0, None)
         with on(self.device):
             embed[(rows, -(-width // 1024))](
-                ids, weights.embed, buffers.states, (width, weights.factor), WIDTH=1024, PDL=False
+                ids, weights.embed, buffers.states, (width, weights.factor, len(weights.embed)), WIDTH=1024, PDL=False
             )
             for made, tables in self.tables:
                 made.tables(positions, tables)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinks.errors import UnsupportedModel, UnsupportedOption
-from sinks.kernels.device.language import need_triton
+from sinks.errors import UnsupportedModel
+from sinks.kernels.device.language import why_no_triton
 from sinks.kernels.device.step.launch import HEAD_DIMS
 from sinks.models.families import base_of
 from sinks.models.step.blocks import activation_of, why_not
@@ -70,11 +70,7 @@ def why_no_device_step(model: PreTrainedModel) -> str | None:
     kinds = {type(part) for block in base.layers for part in _linears(block)} | {type(model.get_output_embeddings())}
     if others := kinds - {nn.Linear, Int4Rows, Int8Linear}:
         return f"its layers are {', '.join(sorted(kind.__name__ for kind in others))}"
-    try:
-        need_triton(model.device)
-    except UnsupportedOption as error:
-        return str(error)
-    return None
+    return why_no_triton(model.device)
 
 
 def device_weights(model: PreTrainedModel) -> DeviceWeights:
