@@ -61,5 +61,5 @@ def test_a_model_trained_on_few_positions_gets_advice_too() -> None:
 
 
 def test_a_chunk_of_nothing_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="at least one token"):
+    with pytest.raises(InvalidInput, match="chunk=0 is too small"):
         opened(chunk=0)
