@@ -17,10 +17,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinks.cache import cache as cache_module
 from sinks.cache.cache import SinkCache
+from sinks.evals.speed.gpu.shapes import SHAPES
 from sinks.kernels import Rotary, Scoring
 from sinks.kernels.band import flash
 from sinks.kernels.band.arriving import attend_arriving, choose_arriving
@@ -30,16 +30,6 @@ from sinks.models.attach import attach
 from sinks.reading.perplexity import surprise
 
 SINKS, WINDOW = 4, 1020
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    },
-    "Llama-3.2-1B": {
-        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    },
-}  # fmt: skip
 CHUNKS = {"SmolLM2-135M": (256, 2048, 8192, 16_384), "Llama-3.2-1B": (256, 2048, 8192)}
 LAYERS = ((9, 3, 64, 1020), (32, 8, 64, 1020), (32, 8, 128, 1020), (32, 8, 128, 4092), (4, 1, 256, 1020))
 """Heads, key heads, head size and window of a layer timed alone, at 8,192 tokens."""
@@ -53,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
-    rows = [told(row) for name in SHAPES for row in chunks(name, given.rounds)]
+    rows = [told(row) for name in CHUNKS for row in chunks(name, given.rounds)]
     rows += [told(row) for layer in LAYERS for row in layers(*layer, given.rounds)]
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
@@ -80,12 +70,10 @@ def clock(call: Callable[[], Any], rounds: int) -> float:
 
 def chunks(name: str, rounds: int) -> list[dict[str, Any]]:
     """Tokens a second of one shape, at every length and in every way."""
-    with torch.device("cuda"):
-        config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, tie_word_embeddings=True)
-        model = attach(LlamaForCausalLM(config).bfloat16().eval())
+    model = attach(SHAPES[name].build())
     rows = []
     for count in CHUNKS[name]:
-        ids = torch.randint(0, SHAPES[name]["vocab_size"], (1, count), device="cuda")
+        ids = torch.randint(0, SHAPES[name].vocabulary, (1, count), device="cuda")
         for way in ("kernels", "int8", "block by block"):
             if way == "block by block" and count > 2048:
                 continue  # seconds

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sinks.evals.speed.gpu.clock import copy_rate
 from sinks.models.families import describe
 from sinks.models.step.device.step import DeviceModel, DeviceStep
 from sinks.models.step.device.weights import DeviceWeights
@@ -112,20 +113,6 @@ def weight_bytes(weights: DeviceWeights) -> int:
     for block in weights.blocks:
         products += [block.qkv, block.out, block.gate_up, block.down]
     return sum(product.bytes for product in products)
-
-
-def copy_rate() -> float:
-    """TB/s, bytes read and written."""
-    a, b = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    times = []
-    for _ in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 2**30 / sorted(times)[7] / 1e9
 
 
 def replay(step: DeviceStep, rounds: int) -> float:

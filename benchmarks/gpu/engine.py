@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sinks.cache.cache import SinkCache
 from sinks.cache.group import Group
 from sinks.cache.pool import Pool
+from sinks.evals.speed.gpu.shapes import SHAPES
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
 from sinks.models.step.hasten import hasten, steps_of
@@ -36,31 +37,16 @@ from sinks.stream.engine.engine import Engine
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 64, "intermediate_size": 8192, "vocab_size": 128_256,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49_152,
-    },
-}  # fmt: skip
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def made(shape: str, dtype: torch.dtype) -> Loaded:
+def made(shape: str) -> Loaded:
     """A random model of this shape on the GPU, hastened, and a tokenizer that writes every token as four letters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, **SHAPES[shape])
-    with torch.device("cuda"):
-        torch.set_default_dtype(dtype)
-        model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model = SHAPES[shape].build()
     settings: Any = model.generation_config
     settings.eos_token_id = None
     words = ("".join(letters) for letters in product(LETTERS, repeat=4))
-    names = {next(words): token for token in range(config.vocab_size)}
+    names = {next(words): token for token in range(model.config.vocab_size)}
     tokenizer = Tokenizer(WordLevel(names, unk_token="aaaa"))
     tokenizer.decoder = decoders.ByteLevel()
     hasten(attach(model))
@@ -207,7 +193,7 @@ def park(loaded: Loaded, read: int, times: int) -> dict[str, float]:
 def main() -> None:
     """Measure, print as it comes, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--shape", choices=SHAPES, default="Llama-3.2-1B")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--read", type=int, default=1200, help="tokens each stream has read")
     parser.add_argument("--steps", type=int, default=100, help="steps of each turn")
@@ -218,7 +204,7 @@ def main() -> None:
     flags = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
-    loaded = made(flags.shape, torch.bfloat16)
+    loaded = made(flags.shape)
     results: dict[str, Any] = {
         "machine": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__},
         "shape": flags.shape,

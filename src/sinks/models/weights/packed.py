@@ -10,7 +10,7 @@ with kernels of its own (models/step/device).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,15 +97,7 @@ class Int8Linear(PackedLinear):
 
     @classmethod
     def beside(cls, parts: Sequence[Any]) -> Int8Linear | None:
-        made = cls(
-            torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), _biases(parts)
-        )
-        begin = 0
-        for part in parts:
-            part.values = _held(made.values[begin : begin + part.out_features])
-            part.scales = _held(made.scales[begin : begin + part.out_features])
-            begin += part.out_features
-        return made
+        return _rows_beside(cls, parts, ("values", "scales"))
 
     def product(self, rows: Tensor) -> Tensor:
         if rows.is_cuda:
@@ -185,15 +177,7 @@ class Int4Rows(PackedLinear):
 
     @classmethod
     def beside(cls, parts: Sequence[Any]) -> Int4Rows | None:
-        made = cls(
-            torch.cat([part.packed for part in parts]), torch.cat([part.scales for part in parts]), _biases(parts)
-        )
-        begin = 0
-        for part in parts:
-            part.packed = _held(made.packed[begin : begin + part.out_features])
-            part.scales = _held(made.scales[begin : begin + part.out_features])
-            begin += part.out_features
-        return made
+        return _rows_beside(cls, parts, ("packed", "scales"))
 
     def product(self, rows: Tensor) -> Tensor:
         return F.linear(rows, self.weight_widened().to(rows.dtype))
@@ -227,6 +211,17 @@ def _rounded_up(scales: Tensor) -> Tensor:
 
 def _held(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _rows_beside(kind: Callable[..., Any], parts: Sequence[Any], names: tuple[str, str]) -> Any:
+    """A layer of `kind` from tensors whose rows are outputs; the parts' own become views of the new ones."""
+    made = kind(*(torch.cat([getattr(part, name) for part in parts]) for name in names), _biases(parts))
+    begin = 0
+    for part in parts:
+        for name in names:
+            setattr(part, name, _held(getattr(made, name)[begin : begin + part.out_features]))
+        begin += part.out_features
+    return made
 
 
 def _biases(parts: Sequence[PackedLinear]) -> Tensor | None:
