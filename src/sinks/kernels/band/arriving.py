@@ -22,9 +22,9 @@ from sinks.kernels.band import flash
 from sinks.kernels.band.attend import DTYPES
 from sinks.kernels.band.operator import Walker
 from sinks.kernels.band.packed import Packed, width_of
-from sinks.kernels.device.forward import Shape, _walk, spans
+from sinks.kernels.device.forward import Shape, spans, walk
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, need_triton, on, tl, triton
-from sinks.kernels.device.tiles import take_in, take_in_logit
+from sinks.kernels.device.tiles import hide, take_in, take_in_logit
 from sinks.kernels.scoring import Scoring
 
 LEAST = 2
@@ -73,10 +73,8 @@ def _walk_all(
     state = (tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros)
     heads = (queries.load([row * count + first, head * DIM]), key_heads, value_heads)
     here = (row * (kept + count), kv_head * DIM, kept + first + tl.arange(0, QUERIES))
-    low, whole, partly, high = spans(kept + first, kept + count, shape, QUERIES, KEYS)
-    state = _walk(state, heads, here, (low, whole), shape, KEYS, True, False)
-    state = _walk(state, heads, here, (whole, partly), shape, KEYS, False, False)
-    return _walk(state, heads, here, (partly, high), shape, KEYS, True, False)
+    bounds = spans(kept + first, kept + count, shape[1], QUERIES, KEYS)
+    return walk(state, heads, here, bounds, shape[1], shape[2], KEYS, False)
 
 
 @partial(jit, varying=("kept", "count"))
@@ -95,13 +93,11 @@ def _arrive(
     if WALK:
         where = (row, head, kv_head, first)
         state = _walk_all(queries, key_heads, value_heads, where, (kept, count), shape, DIM, QUERIES, KEYS)
-        last = token
     else:
         noted = log_sums + (row * HEADS + head).to(tl.int64) * count + asks
         largest = tl.load(noted, mask=real, other=0.0) * 1.4426950408889634 / scale
         gathered = tl.load(out + place, mask=real[:, None], other=0.0).to(tl.float32)
         state = (gathered, tl.full([QUERIES], 1.0, tl.float32), largest, largest)
-        last = token - window  # a sink that the window still covers was met there, at the same distance
     if TILE > 0:
         asking = tl.load(sink_queries + place, mask=real[:, None], other=0.0)
         for begin in range(0, sinks, TILE):
@@ -109,20 +105,16 @@ def _arrive(
             there = (row * (kept + count) + column).to(tl.int64) * (HEADS // GROUP * DIM) + kv_head * DIM
             there, full = there[:, None] + dims[None, :], (column < kept + count)[:, None]
             scores = tl.dot(asking, tl.trans(tl.load(sink_heads[0] + there, mask=full, other=0.0)))
-            seen = (column < sinks)[None, :] & (column[None, :] <= last[:, None])
+            # One that the window still covers was met there, at the same distance.
+            seen = (column < sinks)[None, :] & (column[None, :] <= (token - window)[:, None])
             values = tl.load(sink_heads[1] + there, mask=full, other=0.0)
-            state = take_in(state, tl.where(seen, scores, float("-inf")), values, scale, True, False)
-    gathered, total, largest, weighed = state
-    # Past the end nothing was seen and nothing is stored; it need not be NaN in between.
-    state = (gathered, tl.where(real, total, 1.0), tl.where(real, largest, 0.0), weighed)
+            state = take_in(state, hide(scores, seen), values, scale, False)
     if LOGITS:
         state = take_in_logit(state, tl.load(logits + head), scale, False)
     tl.store(out + place, (state[0] / state[1][:, None]).to(out.dtype.element_ty), mask=real[:, None])
 
 
-def attend_arriving(
-    packed: Packed, scoring: Scoring, walker: Walker
-) -> Float[Tensor, "batch heads queries head_dim"]:
+def attend_arriving(packed: Packed, scoring: Scoring, walker: Walker) -> Float[Tensor, "batch heads queries head_dim"]:
     """Attention of the new tokens over sinks and window."""
     standing, query, key, value = packed.standing, packed.query, packed.key, packed.value
     (batch, count, heads, width), kv_heads, logits = query.shape, key.shape[2], scoring.sink_logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from sinks.kernels.device import backward
 from sinks.kernels.device.forward import Band, forward
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.sink_part import Finished, merge_sinks, settle, sink_gradients
-from sinks.kernels.device.turn import turn, turn_back
+from sinks.kernels.device.turn import meet, turn, turn_back
 from sinks.kernels.phase import Rotary
 
 Walker = Literal["flash", "triton"]
@@ -39,7 +39,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan) -> Tensor:
         rows, band = plan.rows, plan.band
-        turned = turn(query, key, rows, plan.rotary, band)
+        turned = turn(query, key, rows, plan.rotary, band, asked=plan.walker == "flash")
         if plan.walker == "flash":
             out, log_sums = flash.window_forward(turned.query, turned.key, value, rows, band)
             merge_sinks(turned.scores, value, logits, (out, log_sums), rows, band)
@@ -58,6 +58,8 @@ class _Attend(torch.autograd.Function):
         rows, band, rotary = plan.rows, plan.band, plan.rotary
         sinks, *saved = ctx.saved_tensors
         done, gradient = Finished(*saved), given[0].contiguous()
+        if done.scores is None:
+            done = replace(done, scores=meet(done.raw, done.key, rows, band))
         part = sink_gradients(done, gradient, rows, band)
         if plan.walker == "flash":
             query, key, value = flash.window_gradients(done, gradient, rows, band)

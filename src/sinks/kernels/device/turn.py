@@ -23,6 +23,7 @@ from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.tiles import (
     angles,
     circle,
+    extent,
     load_firsts,
     load_firsts_at,
     load_pairs,
@@ -35,8 +36,8 @@ from sinks.kernels.phase import Rotary
 TOKENS = 16
 """Tokens of one program, which turns all of their heads by one sine and cosine."""
 
-MET = 32
-"""Tokens of a program that has only scores to find."""
+MET, MET_STAGES = 64, 3
+"""Tokens of a program that has only scores to find, and heads on their way at a time."""
 
 BY_HAND = 8
 """Sinks up to which products are sums over a warp, and not matrix instructions, which want 16 and more registers."""
@@ -78,10 +79,8 @@ def _stand(
     heads: Value, begins: Value, source: Value, strides: Value, sizes: Value, TOKENS: constexpr, PACKED: constexpr
 ) -> Value:
     """Where its row begins and how long it is, a program's tokens, and where they stand, in the batch and packed."""
-    row = tl.program_id(1)
-    begin = tl.load(begins + row)
-    length = tl.load(begins + row + 1) - begin
     columns, _, _, _, start = sizes
+    begin, length = extent(begins, tl.program_id(1), columns, PACKED)
     token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
     away = heads + outside(begin, token, token < length, source, strides, columns, PACKED)
     return (begin, length), token, away, (begin + token).to(tl.int64)
@@ -140,27 +139,22 @@ def _turn(
 @jit
 def _meet(
     heads: Value, first_keys: Value, scores: Value, begins: Value, source: Value, strides: Value, sizes: Value,
-    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr,
-    PACKED: constexpr,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, SINKS: constexpr,
+    STAGES: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """Where nothing is turned: heads[source] and sinks -> `scores`; one head a program."""
-    _, _, tokens, sinks, _ = sizes
-    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
-    begin, length = row
-    head, real, dims = tl.program_id(2), token < length, tl.arange(0, DIM)
-    query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
-    noted = (place + head * tokens) * sinks
-    if FEW:
-        wide = query.to(tl.float32)
-        for column in tl.static_range(FEW):
-            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
-            key = tl.load(first_keys + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
-            tl.store(scores + noted + column, tl.sum(wide * key.to(tl.float32)[None, :], 1), mask=real)
-    else:
-        keys = load_firsts(first_keys, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-        column = tl.arange(0, TILE)
-        there = real[:, None] & (column < sinks)[None, :]
-        tl.store(scores + noted[:, None] + column[None, :], tl.dot(query, tl.trans(keys)), mask=there)
+    """Where nothing is turned: heads[source] and sinks -> `scores`; the query heads of one key head a program."""
+    columns, tokens = sizes
+    begin, length = extent(begins, tl.program_id(1), columns, PACKED)
+    token, kv_head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(2)
+    real, dims, column = token < length, tl.arange(0, DIM), tl.arange(0, TILE)
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
+    keys = load_firsts(first_keys, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+    for member in tl.range(0, GROUP, num_stages=STAGES):
+        head = (kv_head * GROUP + member).to(tl.int64)
+        query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+        into = ((head * tokens + begin + token) * SINKS)[:, None] + column[None, :]
+        products = tl.dot(query, tl.trans(keys))
+        tl.store(scores + into, products, mask=real[:, None] & (column < SINKS)[None, :])
 
 
 @jit
@@ -259,34 +253,55 @@ def turn(
     rows: Rows,
     rotary: Rotary | None,
     band: Band,
+    *,
+    asked: bool = True,
 ) -> Turned:
-    """Pack query and key, turned by their positions; the last axis of both has stride 1."""
+    """Pack query and key, turned by their positions; the last axis of both has stride 1.
+
+    Unless `asked` for, there are no scores where nothing is turned: a packed query meets the sinks as it is.
+    """
     packed, packed_query = (_make(heads, rows, rotary) for heads in (key, query))
+    if rotary is None:
+        return Turned(packed_query, packed, None, meet(query, packed, rows, band) if asked else None)
     sinks, scores, sizes = None, None, (band.sinks, band.sinks + band.window)
     if band.sinks:
-        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
-    if rotary is not None:
-        _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
-        sinks = _sinks_of(packed, rows, rotary, band) if band.sinks else None
-        beside = (packed, packed_query if scores is None else scores)
-        _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
-    elif scores is not None:
-        _launch_meet(query, packed, scores, rows, sizes)
+        scores = _empty_scores(query, rows, band)
+    _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
+    if band.sinks:
+        sinks = _sinks_of(packed, rows, rotary, band)
+    beside = (packed, packed_query if scores is None else scores)
+    _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
     return Turned(packed_query, packed, sinks, scores)
+
+
+def _empty_scores(query: Tensor, rows: Rows, band: Band) -> Tensor:
+    return torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
 
 
 def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
     return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
 
 
-def _launch_meet(query: Tensor, key: Tensor, scores: Tensor, rows: Rows, sizes: tuple[int, int]) -> None:
-    (_, heads, _, head_dim), (sinks, capacity) = query.shape, sizes
-    _meet[(triton.cdiv(rows.longest, MET), rows.batch, heads)](
+def meet(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    rows: Rows,
+    band: Band,
+) -> Float[Tensor, "heads tokens sinks"] | None:
+    """`Turned.scores` where nothing is turned."""
+    if not band.sinks:
+        return None
+    scores, (_, heads, _, head_dim), group = (
+        _empty_scores(query, rows, band),
+        query.shape,
+        query.shape[1] // key.shape[1],
+    )
+    _meet[(triton.cdiv(rows.longest, MET), rows.batch, key.shape[1])](
         query, key, scores, rows.begins, rows.begins if rows.source is None else rows.source,
-        tuple(query.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks, 0),
-        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, TOKENS=MET, TILE=Band(sinks, 1, 1.0).tile,
-        FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None, num_warps=4,
+        tuple(query.stride()[:3]), (rows.columns, rows.tokens), HEADS=heads, GROUP=group, DIM=head_dim, TOKENS=MET,
+        TILE=band.tile, SINKS=band.sinks, STAGES=MET_STAGES, PACKED=rows.source is not None, num_warps=4,
     )  # fmt: skip
+    return scores
 
 
 def _sinks_of(key: Tensor, rows: Rows, rotary: Rotary, band: Band) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinks.kernels.device.forward import Shape
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, tl, triton
-from sinks.kernels.device.tiles import load_firsts, place_of, take_in
+from sinks.kernels.device.tiles import hide, load_firsts, place_of, take_in
 from sinks.kernels.summary.summary import FIRST
 
 # Measured on an H200: at 131,072 tokens with d 64, 32,768 with d 128.
@@ -33,9 +33,9 @@ def _walk(
         scores = tl.dot(query, tl.trans(keys))
         if HIDDEN:
             column = start + tl.arange(0, KEYS)
-            scores = tl.where(column[None, :] <= token[:, None], scores, float("-inf"))
+            scores = hide(scores, column[None, :] <= token[:, None])
         values = value_heads.load([begin + start, offset])
-        state = take_in(state, scores, values, scale, HIDDEN, True)
+        state = take_in(state, scores, values, scale, True)
     return state
 
 
@@ -58,7 +58,7 @@ def _forward(
     state = _walk(state, heads, where, (FIRST, whole), scale, KEYS, False)
     state = _walk(state, heads, where, (whole, tl.minimum(first + QUERIES, length)), scale, KEYS, True)
     _, total, largest, weighed = state
-    has_rest = total > 0
+    has_rest = (token >= FIRST) & (total > 0)  # past the end there is none either
     rest_sum = tl.where(has_rest, largest * scale + tl.log2(tl.where(has_rest, total, 1.0)), float("-inf"))
     rest_entropy = tl.where(has_rest, rest_sum - weighed / tl.where(has_rest, total, 1.0) * scale, 0.0)
 
@@ -66,8 +66,8 @@ def _forward(
     keys = load_firsts(first_heads[0], begin, kv_head, length, HEADS // GROUP, DIM, FIRST)
     values = load_firsts(first_heads[1], begin, kv_head, length, HEADS // GROUP, DIM, FIRST)
     scores = tl.dot(heads[0], tl.trans(keys))
-    scores = tl.where(column[None, :] <= token[:, None], scores, float("-inf"))
-    gathered, total, largest, _ = take_in(state, scores, values, scale, True, False)
+    scores = hide(scores, column[None, :] <= token[:, None])
+    gathered, total, largest, _ = take_in(state, scores, values, scale, False)
     out, figures, weights = results
     real = token < length
     log_sum = largest * scale + tl.log2(total)
