@@ -71,10 +71,10 @@ def _walk_all(
     kept, count = sizes
     zeros = tl.zeros([QUERIES], tl.float32)
     state = (tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros)
-    heads = (queries.load([row * count + first, head * DIM]), key_heads, value_heads)
+    heads = ((queries.load([row * count + first, head * DIM]),), key_heads, value_heads)
     here = (row * (kept + count), kv_head * DIM, kept + first + tl.arange(0, QUERIES))
     bounds = spans(kept + first, kept + count, shape[1], QUERIES, KEYS)
-    return walk(state, heads, here, bounds, shape[1], shape[2], KEYS, False)
+    return walk((state,), heads, here, bounds, shape, KEYS, False)[0]
 
 
 @partial(jit, varying=("kept", "count"))

@@ -41,7 +41,9 @@ class Shape:
 
 
 # Measured on an H200 at 16k and 65k tokens, with 4 or 8 warps and 2 to 4 stages.
-SHAPES = {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 4, 2)}
+SHAPES = {64: Shape(64, 64, 4, 2), 128: Shape(64, 64, 4, 2)}
+MEMBERS = {64: 1, 128: 2}
+"""Query heads of one key head that a program takes at once, where a group can be cut so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,27 +61,51 @@ class Statistics:
 
 
 @jit
-def walk(
-    state: Value, tensors: Value, where: Value, bounds: Value, window: Value, scale: Value, KEYS: constexpr,
+def _walk_some(
+    states: Value, tensors: Value, where: Value, bounds: Value, shape: Value, KEYS: constexpr, HIDDEN: constexpr,
     STATISTICS: constexpr,
 ) -> Value:  # fmt: skip
-    """Take in the keys of `bounds`, which are `spans`; where not every query sees all of a tile, some are hidden.
+    """Take in the tiles of keys from bounds[0] up to bounds[1], from there on those behind bounds[2] instead.
 
-    One loop: across the seams of three, nothing would be on its way.
+    HIDDEN: not every query sees each of them.
     """
-    query, key_heads, value_heads = tensors
+    queries, key_heads, value_heads = tensors
     begin, offset, token = where
-    low, whole, partly, high = bounds
-    for start in tl.range(low, high, KEYS):
+    low, turn, onward, high = bounds
+    for tile in tl.range(low, high, KEYS):
+        start = tile
+        if HIDDEN:
+            start = tl.where(tile < turn, tile, tile - turn + onward)
         keys = key_heads.load([begin + start, offset])
-        scores = tl.dot(query, tl.trans(keys))
-        if (start < whole) | (start >= partly):
+        scores = ()
+        for member in tl.static_range(len(queries)):
+            scores = scores + (tl.dot(queries[member], tl.trans(keys)),)
+        if HIDDEN:
             distance = token[:, None] - (start + tl.arange(0, KEYS))[None, :]
             # A distance below zero is a very large one without a sign.
-            scores = hide(scores, distance.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32))
+            seen = distance.to(tl.uint32, bitcast=True) < tl.cast(shape[1], tl.uint32)
         values = value_heads.load([begin + start, offset])
-        state = take_in(state, scores, values, scale, STATISTICS)
-    return state
+        folded = ()
+        for member in tl.static_range(len(queries)):
+            found = hide(scores[member], seen) if HIDDEN else scores[member]
+            folded = folded + (take_in(states[member], found, values, shape[2], STATISTICS),)
+        states = folded
+    return states
+
+
+@jit
+def walk(
+    states: Value, tensors: Value, where: Value, bounds: Value, shape: Value, KEYS: constexpr, STATISTICS: constexpr
+) -> Value:
+    """Take in the keys of `bounds`, which are `spans`: first the tiles at both edges, then those that all see.
+
+    `states` and `tensors[0]` are of one query head or of several that share their keys: those are loaded once, and one
+    head's products run while another's weights are made.
+    """
+    low, whole, partly, high = bounds
+    edges = (low, whole, partly, whole + high - partly)
+    states = _walk_some(states, tensors, where, edges, shape, KEYS, True, STATISTICS)
+    return _walk_some(states, tensors, where, (whole, whole, whole, partly), shape, KEYS, False, STATISTICS)
 
 
 @jit
@@ -94,61 +120,64 @@ def spans(first: Value, length: Value, window: Value, QUERIES: constexpr, KEYS: 
 
 
 @jit
-def _meet_firsts(
+def _meet(
     query: Value, firsts: Value, where: Value, noted: Value, sinks: Value, HEADS: constexpr, GROUP: constexpr,
     DIM: constexpr, TILE: constexpr, ASK: constexpr,
 ) -> Value:  # fmt: skip
-    """Scores of a tile of queries against their row's sinks, hidden where there is none, and the sinks' values."""
+    """Scores of a tile of queries against their row's sinks, hidden where there is none."""
     begin, length, kv_head, token = where
-    key_heads, value_heads, found = firsts
-    column, real = tl.arange(0, TILE), token < length
-    seen = real[:, None] & (column < sinks)[None, :] & (column[None, :] <= token[:, None])
-    values = load_firsts(value_heads, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+    column = tl.arange(0, TILE)
+    seen = (token < length)[:, None] & (column < sinks)[None, :] & (column[None, :] <= token[:, None])
     if ASK:
-        keys = load_firsts(key_heads, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+        keys = load_firsts(firsts[0], begin, kv_head, length, HEADS // GROUP, DIM, TILE)
         scores = tl.dot(query, tl.trans(keys))
     else:
-        scores = tl.load(found + (noted * sinks)[:, None] + column[None, :], mask=seen, other=0.0)
-    return hide(scores, seen), values
+        scores = tl.load(firsts[2] + (noted * sinks)[:, None] + column[None, :], mask=seen, other=0.0)
+    return hide(scores, seen)
 
 
 @jit
 def _forward(
     queries: Value, key_heads: Value, value_heads: Value, firsts: Value, out: Value, figures: Value, logits: Value,
-    begins: Value, shape: Value, sizes: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, QUERIES: constexpr,
-    KEYS: constexpr, TILE: constexpr, ASK: constexpr, LOGITS: constexpr, STATISTICS: constexpr, PACKED: constexpr,
+    begins: Value, shape: Value, sizes: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, MEMBERS: constexpr,
+    QUERIES: constexpr, KEYS: constexpr, TILE: constexpr, ASK: constexpr, LOGITS: constexpr, STATISTICS: constexpr,
+    PACKED: constexpr,
 ) -> None:  # fmt: skip
     """`firsts`: heads of keys and values, whose first tokens are the sinks, and scores against them unless ASK."""
-    head, row = tl.program_id(1), tl.program_id(2)
-    tokens, columns, first_keys = sizes
-    sinks, window, scale = shape
-    begin, length = extent(begins, row, columns, PACKED)
+    foremost, row = tl.program_id(1) * MEMBERS, tl.program_id(2)
+    begin, length = extent(begins, row, sizes[1], PACKED)
     first = tl.program_id(0) * QUERIES
     if first < length:
-        kv_head = head // GROUP
-        token = first + tl.arange(0, QUERIES)
-        real, noted, mass = token < length, head.to(tl.int64) * tokens + begin + token, tl.zeros([QUERIES], tl.float32)
-        state = (tl.zeros([QUERIES, DIM], tl.float32), mass, mass - float("inf"), mass)
-        query = queries.load([begin + first, head * DIM])
+        kv_head, token, column = foremost // GROUP, first + tl.arange(0, QUERIES), tl.arange(0, TILE if TILE else 16)
+        noted, where = foremost.to(tl.int64) * sizes[0] + begin + token, (begin, length, kv_head, token)
+        zeros, asking, states = tl.zeros([QUERIES], tl.float32), (), ()
+        for member in tl.static_range(MEMBERS):
+            asking = asking + (queries.load([begin + first, (foremost + member) * DIM]),)
         if TILE > 0:
-            where, column = (begin, length, kv_head, token), tl.arange(0, TILE)
-            scores, values = _meet_firsts(query, firsts, where, noted, sinks, HEADS, GROUP, DIM, TILE, ASK)
-            # One that the window still covers is met there, at the same distance.
-            state = take_in(
-                state, hide(scores, column[None, :] <= (token - window)[:, None]), values, scale, STATISTICS
-            )
-        heads, bounds = (query, key_heads, value_heads), spans(first, length, window, QUERIES, KEYS)
-        state = walk(state, heads, (begin, kv_head * DIM, token), bounds, window, scale, KEYS, STATISTICS)
-        if TILE > 0:
-            if STATISTICS:
-                counted = hide(scores, (column < first_keys)[None, :])
-                mass = tl.sum(tl.exp2((counted - state[2][:, None]) * scale), 1)
-        peak = state[2] * scale
-        if LOGITS:
-            state = take_in_logit(state, tl.load(logits + head), scale, STATISTICS)
-        place = place_of(begin, token, head, HEADS, DIM)
-        tl.store(out + place, (state[0] / state[1][:, None]).to(out.dtype.element_ty), mask=real[:, None])
-        _note(figures, noted, real, tokens, state, (mass, peak, scale), HEADS, STATISTICS)
+            values = load_firsts(firsts[1], begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+        for member in tl.static_range(MEMBERS):
+            state = (tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros)
+            if TILE > 0:
+                there = noted + member * sizes[0]
+                scores = _meet(asking[member], firsts, where, there, shape[0], HEADS, GROUP, DIM, TILE, ASK)
+                # One that the window still covers is met there, at the same distance.
+                scores = hide(scores, column[None, :] <= (token - shape[1])[:, None])
+                state = take_in(state, scores, values, shape[2], STATISTICS)
+            states = states + (state,)
+        heads, bounds = (asking, key_heads, value_heads), spans(first, length, shape[1], QUERIES, KEYS)
+        states = walk(states, heads, (begin, kv_head * DIM, token), bounds, shape, KEYS, STATISTICS)
+        for member in tl.static_range(MEMBERS):
+            state, mass, there = states[member], zeros, noted + member * sizes[0]
+            if STATISTICS and TILE > 0:
+                scores = _meet(asking[member], firsts, where, there, shape[0], HEADS, GROUP, DIM, TILE, ASK)
+                counted = hide(scores, (column < sizes[2])[None, :])
+                mass = tl.sum(tl.exp2((counted - state[2][:, None]) * shape[2]), 1)
+            peak = state[2] * shape[2]
+            if LOGITS:
+                state = take_in_logit(state, tl.load(logits + foremost + member), shape[2], STATISTICS)
+            place, real = place_of(begin, token, foremost + member, HEADS, DIM), token < length
+            tl.store(out + place, (state[0] / state[1][:, None]).to(out.dtype.element_ty), mask=real[:, None])
+            _note(figures, there, real, sizes[0], state, (mass, peak, shape[2]), HEADS, STATISTICS)
 
 
 @jit
@@ -185,14 +214,15 @@ def forward(
     `first_keys`, also their mass, entropy and maximum.
     """
     tokens, heads, head_dim = query.shape
-    cut = SHAPES[head_dim]
+    cut, group = SHAPES[head_dim], heads // key.shape[1]
+    members = 1 if group % MEMBERS[head_dim] else MEMBERS[head_dim]
     out, wanted = torch.empty_like(query), 1 if first_keys is None else 4
     figures = torch.empty(wanted, heads, tokens, dtype=torch.float32, device=query.device)
-    _forward[(triton.cdiv(rows.longest, cut.queries), heads, rows.batch)](
+    _forward[(triton.cdiv(rows.longest, cut.queries), heads // members, rows.batch)](
         describe(query, cut.queries), describe(key, cut.keys), describe(value, cut.keys),
         (key, value, figures if scores is None else scores), out, figures, figures if logits is None else logits,
         rows.begins, (band.sinks, band.window, band.scale * LOG2E), (tokens, rows.columns, first_keys or 0),
-        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=cut.queries, KEYS=cut.keys,
+        HEADS=heads, GROUP=group, DIM=head_dim, MEMBERS=members, QUERIES=cut.queries, KEYS=cut.keys,
         TILE=band.tile, ASK=scores is None, LOGITS=logits is not None, STATISTICS=first_keys is not None,
         PACKED=rows.source is not None,
         num_warps=cut.warps, num_stages=cut.stages,

@@ -2,9 +2,10 @@
 
 A softmax under way is (accumulated values, sum, largest score, sum of weight times score), all but the first one
 number a query. Scores are products that are not scaled yet; `scale`, above zero, takes them to powers of two in the one
-instruction that also subtracts the largest. Tiles may come in any order. A key that a query does not see scores -1e30
+instruction that also subtracts the largest. Tiles may come in any order. A key that a query does not see scores -2^100
 (`hide`): what a query that has seen nothing else gathers from it weighs exactly 0 beside the first real score, so
-nothing has to be guarded against infinities.
+nothing has to be guarded against infinities. A power of two, because its product with the scale must be exact: an
+instruction that multiplies and subtracts in one would find a difference of 1e22 between a rounded product and itself.
 
 Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle.
 """
@@ -28,7 +29,7 @@ def extent(begins: Value, row: Value, columns: Value, PACKED: constexpr) -> Valu
 @jit
 def hide(scores: Value, seen: Value) -> Value:
     """`scores` where a key is `seen`, and what counts as none elsewhere."""
-    return tl.where(seen, scores, -1.0e30)
+    return tl.where(seen, scores, -1.2676506002282294e30)
 
 
 @jit
