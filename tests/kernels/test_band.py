@@ -132,11 +132,11 @@ def check(case: Case, impl: str) -> None:
 def rounding_of_logits(case: Case, out: Tensor) -> float:
     """How far the gradient of a sink logit may be off because results are rounded: five standard deviations.
 
-    It is minus the sum over queries of the logit's weight times delta, and delta the sum over dimensions of result times
-    its gradient. The kernels know the result as it was stored: half a spacing at most, evenly spread, of numbers between
-    one and two spacings' worth of 1 / eps, is 0.21 eps rms of each. Weights are rounded before they meet the values,
-    which moves the result by as much, and flash-attn-4 rounds the window's share once more before sinks are merged into
-    it: three roundings with random signs. `chunked` keeps delta in float32 and has none of them.
+    It is minus the sum over queries of the logit's weight times delta, and delta is the sum over dimensions of a result
+    times its gradient. The kernels know the result as it was stored: off by half a spacing at most, evenly spread,
+    which is 0.21 eps of a number, root mean square. Weights are rounded before they meet the values, which moves the
+    result by as much, and flash-attn-4 rounds the window's share once more before sinks are merged into it: three
+    roundings with random signs. `chunked` keeps delta in float32 and has none of them.
     """
     query, key, value, given = (part.double() for part in case.leaves())
     where = {"sinks": case.sinks, "window": case.window, "positions": case.positions(), "impl": "chunked"}

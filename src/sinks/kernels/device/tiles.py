@@ -160,10 +160,10 @@ def load_pairs(places: Value, one: Value, other: Value, real: Value) -> Value:
 
 @jit
 def load_sink(
-    heads: Value, begin: Value, head: Value, length: Value, column: Value, one: Value, other: Value, COUNT: constexpr,
-    DIM: constexpr,
-) -> Value:  # fmt: skip
+    heads: Value, row: Value, head: Value, column: Value, one: Value, other: Value, COUNT: constexpr, DIM: constexpr
+) -> Value:
     """One of a row's first tokens, as two halves [1, DIM / 2] in float32; zeros past its end."""
+    begin, length = row
     places = heads + (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
     low = tl.load(places + one, mask=(one >= 0) & (column < length), other=0.0)
     high = tl.load(places + other, mask=(one >= 0) & (column < length), other=0.0)
