@@ -35,7 +35,7 @@ FLASH_WIDTH = 128
 """New tokens from which flash-attn-4 is asked: its calls cost a processor a fifth of a millisecond."""
 
 SHAPES: Mapping[int, Shape] = MappingProxyType({
-    64: Shape(64, 128, 4, 2), 128: Shape(64, 64, 4, 3), 256: Shape(64, 64, 4, 2),
+    64: Shape(64, 128, 4, 2, 168), 128: Shape(64, 64, 4, 3), 256: Shape(64, 64, 4, 2),
 })  # fmt: skip
 """How each width is cut: measured on an H200 at 8,192 tokens behind 4 + 1,020."""
 
@@ -131,6 +131,7 @@ def attend_arriving(packed: Packed, scoring: Scoring, walker: Walker) -> Float[T
                 query if logits is None else logits, (standing.sinks, standing.window, scoring.scale * LOG2E),
                 standing.kept, count, HEADS=heads, GROUP=heads // kv_heads, DIM=width, QUERIES=cut.queries,
                 KEYS=cut.keys, TILE=min(64, max(16, triton.next_power_of_2(standing.sinks))) if standing.sinks else 0,
-                LOGITS=logits is not None, WALK=walker == "triton", num_warps=cut.warps, num_stages=cut.stages,
+                LOGITS=logits is not None, WALK=walker == "triton", num_warps=cut.warps,
+                num_stages=cut.stages, maxnreg=cut.registers,
             )  # fmt: skip
     return out[..., : packed.head_dim].transpose(1, 2)
