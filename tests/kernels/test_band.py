@@ -154,6 +154,7 @@ def small_cases() -> Iterator[Case]:
     yield Case(4, 40, 22, heads=(2, 2), logits=-torch.inf, batch=1)
     yield Case(33, 9, 80, heads=(2, 1), batch=1, rotary=False, ragged=True)
     yield Case(4, 24, 70, heads=(4, 1), head_dim=128, batch=1)
+    yield Case(4, 24, 70, heads=(4, 2), head_dim=128, logits=0.5, rotary=False, ragged=True)
 
 
 def large_cases() -> Iterator[Case]:
@@ -167,6 +168,11 @@ def large_cases() -> Iterator[Case]:
     yield Case(4, 1020, 1023, (8, 2), 128, 0.0)
     yield Case(4, 1020, 1024, (8, 2), 128, 0.0, batch=1)
     yield Case(4, 1020, 1025, (8, 1), 64, 0.0)
+    for head_dim in (64, 128):
+        # Nothing turned, two heads at once or one; and scales of which hidden scores make products that round.
+        yield Case(4, 1020, 2049, (8, 2), head_dim, 0.0, rotary=False, dtype=torch.bfloat16)
+        yield Case(20, 300, 1500, (6, 2), head_dim, 3.0, True, rotary=False, dtype=torch.bfloat16)
+        yield Case(20, 300, 1500, (8, 2), head_dim, 3.0, dtype=torch.bfloat16)
 
 
 @needs_triton
@@ -237,6 +243,7 @@ def test_flex_equals_the_specification_without_a_gpu(case: Case) -> None:
 @needs_triton
 @pytest.mark.parametrize("case", [
     Case(4, 17, 60, logits=0.5, ragged=True), Case(5, 40, 30), Case(0, 9, 40), Case(1, 1, 1, batch=1),
+    Case(4, 17, 60, head_dim=128, logits=0.5, rotary=False),
 ], ids=str)  # fmt: skip
 def test_statistics_equal_those_of_written_out_weights(case: Case) -> None:
     heads, positions = case.leaves()[:3], case.positions()
