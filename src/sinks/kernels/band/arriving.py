@@ -35,7 +35,7 @@ FLASH_WIDTH = 128
 """New tokens from which flash-attn-4 is asked: its calls cost a processor a fifth of a millisecond."""
 
 SHAPES: Mapping[int, Shape] = MappingProxyType({
-    64: Shape(64, 128, 4, 2, 168), 128: Shape(64, 64, 4, 2), 256: Shape(64, 64, 4, 2),
+    64: Shape(64, 64, 4, 2), 128: Shape(64, 64, 4, 2), 256: Shape(64, 64, 4, 2),
 })  # fmt: skip
 """How each width is cut: measured on an H200 at 8,192 tokens behind 4 + 1,020."""
 
@@ -79,7 +79,7 @@ def _walk_all(
         states = states + ((tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros),)
     here = (row * (kept + count), kv_head * DIM, kept + first + tl.arange(0, QUERIES))
     bounds = spans(kept + first, kept + count, shape[1], QUERIES, KEYS)
-    return walk(states, (asking, key_heads, value_heads), here, bounds, shape, KEYS, False)
+    return walk(states, (asking, key_heads, value_heads), here, bounds, shape, KEYS, True, False)
 
 
 @jit

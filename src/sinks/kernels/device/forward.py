@@ -44,10 +44,13 @@ class Shape:
     registers: int | None = None
 
 
-# Measured on an H200 at 16k and 65k tokens, with 4 or 8 warps and 2 to 4 stages.
+# Measured on an H200 at 16k and 65k tokens, one and two heads at once, with 4 or 8 warps and 2 to 4 stages.
 SHAPES = {64: Shape(64, 64, 4, 2), 128: Shape(64, 64, 4, 2)}
 MEMBERS = {64: 1, 128: 2}
-"""Query heads of one key head that a program takes at once, where a group can be cut so."""
+"""Query heads of one key head that a program takes at once, where a group can be cut so.
+
+More than 16 sinks would not fit beside two heads in the registers, nor two programs in the shared memory.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,51 +68,45 @@ class Statistics:
 
 
 @jit
-def walk_tiles(
-    states: Value, tensors: Value, where: Value, bounds: Value, shape: Value, KEYS: constexpr, HIDDEN: constexpr,
+def walk(
+    states: Value, tensors: Value, where: Value, bounds: Value, shape: Value, KEYS: constexpr, EDGES: constexpr,
     STATISTICS: constexpr,
 ) -> Value:  # fmt: skip
-    """Take in the tiles of keys from bounds[0] up to bounds[1], from there on those behind bounds[2] instead.
+    """Take in the keys of `bounds`, which are `spans`; unless EDGES, every query sees all of them.
 
-    HIDDEN: not every query sees each of them.
+    `states` and `tensors[0]` are of one query head or of several that share their keys: those are loaded once, and one
+    head's products run while another's weights are made. One loop: across the seams of three nothing would be on its
+    way.
     """
     queries, key_heads, value_heads = tensors
     begin, offset, token = where
-    low, turn, onward, high = bounds
-    for tile in tl.range(low, high, KEYS):
-        start = tile
-        if HIDDEN:
-            start = tl.where(tile < turn, tile, tile - turn + onward)
+    low, whole, partly, high = bounds
+    for start in tl.range(low, high, KEYS):
         keys = key_heads.load([begin + start, offset])
         scores = ()
         for member in tl.static_range(len(queries)):
             scores = scores + (tl.dot(queries[member], tl.trans(keys)),)
-        if HIDDEN:
-            distance = token[:, None] - (start + tl.arange(0, KEYS))[None, :]
-            # A distance below zero is a very large one without a sign.
-            seen = distance.to(tl.uint32, bitcast=True) < tl.cast(shape[1], tl.uint32)
+        if EDGES:
+            if (start < whole) | (start >= partly):
+                scores = _hide_far(scores, token, start, shape[1], KEYS)
         values = value_heads.load([begin + start, offset])
         folded = ()
         for member in tl.static_range(len(queries)):
-            found = hide(scores[member], seen) if HIDDEN else scores[member]
-            folded = folded + (take_in(states[member], found, values, shape[2], STATISTICS),)
+            folded = folded + (take_in(states[member], scores[member], values, shape[2], STATISTICS),)
         states = folded
     return states
 
 
 @jit
-def walk(
-    states: Value, tensors: Value, where: Value, bounds: Value, shape: Value, KEYS: constexpr, STATISTICS: constexpr
-) -> Value:
-    """Take in the keys of `bounds`, which are `spans`: first the tiles at both edges, then those that all see.
-
-    `states` and `tensors[0]` are of one query head or of several that share their keys: those are loaded once, and one
-    head's products run while another's weights are made.
-    """
-    low, whole, partly, high = bounds
-    edges = (low, whole, partly, whole + high - partly)
-    states = walk_tiles(states, tensors, where, edges, shape, KEYS, True, STATISTICS)
-    return walk_tiles(states, tensors, where, (whole, whole, whole, partly), shape, KEYS, False, STATISTICS)
+def _hide_far(scores: Value, token: Value, start: Value, window: Value, KEYS: constexpr) -> Value:
+    """Scores of the keys from `start` on where they are in the window of a query."""
+    distance = token[:, None] - (start + tl.arange(0, KEYS))[None, :]
+    # A distance below zero is a very large one without a sign.
+    seen = distance.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
+    shown = ()
+    for member in tl.static_range(len(scores)):
+        shown = shown + (hide(scores[member], seen),)
+    return shown
 
 
 @jit
@@ -170,7 +167,7 @@ def _forward(
                 state = take_in(state, scores, values, shape[2], STATISTICS)
             states = states + (state,)
         heads, bounds = (asking, key_heads, value_heads), spans(first, length, shape[1], QUERIES, KEYS)
-        states = walk(states, heads, (begin, kv_head * DIM, token), bounds, shape, KEYS, STATISTICS)
+        states = walk(states, heads, (begin, kv_head * DIM, token), bounds, shape, KEYS, True, STATISTICS)
         for member in tl.static_range(MEMBERS):
             state, mass, there = states[member], zeros, noted + member * sizes[0]
             if STATISTICS and TILE > 0:
@@ -220,7 +217,7 @@ def forward(
     """
     tokens, heads, head_dim = query.shape
     cut, group = SHAPES[head_dim], heads // key.shape[1]
-    members = 1 if group % MEMBERS[head_dim] else MEMBERS[head_dim]
+    members = MEMBERS[head_dim] if band.tile <= 16 and group % MEMBERS[head_dim] == 0 else 1
     out, wanted = torch.empty_like(query), 1 if first_keys is None else 4
     figures = torch.empty(wanted, heads, tokens, dtype=torch.float32, device=query.device)
     _forward[(triton.cdiv(rows.longest, cut.queries), heads // members, rows.batch)](

@@ -36,8 +36,8 @@ from sinks.kernels.phase import Rotary
 TOKENS, SLICE, STAGES = 16, 8, 3
 """Tokens of one program, heads at most that it turns by one sine and cosine, and heads on their way at a time."""
 
-MET, MET_WARPS = 32, 2
-"""Tokens of a program that has only scores to find, and its warps."""
+MET = 64
+"""Tokens of a program that has only scores to find."""
 
 BY_HAND = 8
 """Sinks up to which products are sums over a warp, and not matrix instructions, which want 16 and more registers."""
@@ -228,7 +228,7 @@ class Turned:
 
     `sinks` are the first keys of each row, turned back by the angle of a query that sees a full cache (None: nothing is
     turned). `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither
-    scaled nor hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
+    scaled nor hidden, float32 (None: no sinks, or not asked for). A sink that a row is too short for gives 0.
     """
 
     query: Float[Tensor, "tokens heads head_dim"]
@@ -289,7 +289,7 @@ def meet(
     _meet[(triton.cdiv(rows.longest, MET), rows.batch, key.shape[1])](
         query, key, scores, rows.begins, rows.begins if rows.source is None else rows.source,
         tuple(query.stride()[:3]), (rows.columns, rows.tokens), HEADS=heads, GROUP=group, DIM=head_dim, TOKENS=MET,
-        TILE=band.tile, SINKS=band.sinks, STAGES=STAGES, PACKED=rows.source is not None, num_warps=MET_WARPS,
+        TILE=band.tile, SINKS=band.sinks, STAGES=STAGES, PACKED=rows.source is not None, num_warps=WARPS,
     )  # fmt: skip
     return scores
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinks.kernels.device.forward import Shape, walk_tiles
+from sinks.kernels.device.forward import Shape, walk
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, tl, triton
 from sinks.kernels.device.tiles import hide, load_firsts, place_of, take_in
 from sinks.kernels.summary.summary import FIRST
@@ -37,8 +37,8 @@ def _forward(
     query = queries.load([begin + first, head * DIM])
     heads, where, shape = ((query,), key_heads, value_heads), (begin, kv_head * DIM, token), (0, length, scale)
     whole, end = FIRST + tl.maximum(first + 1 - FIRST, 0) // KEYS * KEYS, tl.minimum(first + QUERIES, length)
-    states = walk_tiles((state,), heads, where, (FIRST, whole, whole, whole), shape, KEYS, False, True)
-    state = walk_tiles(states, heads, where, (whole, end, end, end), shape, KEYS, True, True)[0]
+    states = walk((state,), heads, where, (FIRST, FIRST, whole, whole), shape, KEYS, False, True)
+    state = walk(states, heads, where, (whole, end, end, end), shape, KEYS, True, True)[0]
     _, total, largest, weighed = state
     has_rest = (token >= FIRST) & (total > 0)  # past the end there is none either
     rest_sum = tl.where(has_rest, largest * scale + tl.log2(tl.where(has_rest, total, 1.0)), float("-inf"))
