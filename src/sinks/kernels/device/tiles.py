@@ -61,16 +61,14 @@ def take_in_logit(state: Value, logit: Value, scale: Value, STATISTICS: constexp
 
 
 @jit
-def sink_tile(
-    scores: Value, noted: Value, token: Value, real: Value, shape: Value, TILE: constexpr, AFTER: constexpr
-) -> Value:
+def sink_tile(scores: Value, noted: Value, token: Value, real: Value, shape: Value, TILE: constexpr) -> Value:
     """Load products of queries at positions `token` with the sinks; -inf where a sink is none of this tile's.
 
-    AFTER leaves out what the window still covers, where sink and query stand at their true distance anyway.
+    What the window still covers is left out: there sink and query stand at their true distance anyway.
     """
     sinks, window, _ = shape
     column = tl.arange(0, TILE)
-    last = tl.where(real, token - window if AFTER else token, -1)
+    last = tl.where(real, token - window, -1)
     seen = (column < sinks)[None, :] & (column[None, :] <= last[:, None])
     return tl.load(scores + (noted * sinks)[:, None] + column[None, :], mask=seen, other=float("-inf"))
 
