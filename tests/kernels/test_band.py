@@ -119,11 +119,31 @@ def check(case: Case, impl: str) -> None:
     found = run(case, impl, case.dtype)
     for name, want, near, got in zip(("out", "query", "key", "value", "logits"), exact, rough, found, strict=False):
         assert torch.isfinite(got).all(), name
-        size = want.square().mean().sqrt() + want.abs().max() / 8
-        # A gradient may vanish by cancellation: then what is left is float32 sums of a head's products of size one.
-        band = 3 * torch.finfo(case.dtype).eps * size + 1e-5
+        if name == "logits":
+            band = rounding_of_logits(case, exact[0])
+        else:
+            size = want.square().mean().sqrt() + want.abs().max() / 8
+            # A gradient may vanish by cancellation: then what is left is float32 sums of a head's products of size one.
+            band = 3 * torch.finfo(case.dtype).eps * size + 1e-5
         error = (got - want).abs().max()
         assert error <= 2 * (near - want).abs().max() + band, f"{name}: {error:.2e} of {want.abs().max():.2e}"
+
+
+def rounding_of_logits(case: Case, out: Tensor) -> float:
+    """How far the gradient of a sink logit may be off because results are rounded: five standard deviations.
+
+    It is minus the sum over queries of the logit's weight times delta, and delta is the sum over dimensions of a result
+    times its gradient. The kernels know the result as it was stored: off by half a spacing at most, evenly spread,
+    which is 0.21 eps of a number, root mean square. Weights are rounded before they meet the values, which moves the
+    result by as much, and flash-attn-4 rounds the window's share once more before sinks are merged into it: three
+    roundings with random signs. `chunked` keeps delta in float32 and has none of them.
+    """
+    query, key, value, given = (part.double() for part in case.leaves())
+    where = {"sinks": case.sinks, "window": case.window, "positions": case.positions(), "impl": "chunked"}
+    seen = attend(query, key, torch.ones_like(value), scoring=case.scoring(torch.float64), **where)[..., 0].cpu()
+    terms = (1 - seen).square() * (given.cpu() * out).square().sum(-1)
+    once = 0.21 * torch.finfo(case.dtype).eps * terms.sum((0, 2)).amax().sqrt()
+    return 5 * 3**0.5 * float(once) + 1e-5
 
 
 def small_cases() -> Iterator[Case]:
@@ -134,6 +154,7 @@ def small_cases() -> Iterator[Case]:
     yield Case(4, 40, 22, heads=(2, 2), logits=-torch.inf, batch=1)
     yield Case(33, 9, 80, heads=(2, 1), batch=1, rotary=False, ragged=True)
     yield Case(4, 24, 70, heads=(4, 1), head_dim=128, batch=1)
+    yield Case(4, 24, 70, heads=(4, 2), head_dim=128, logits=0.5, rotary=False, ragged=True)
 
 
 def large_cases() -> Iterator[Case]:
@@ -147,6 +168,11 @@ def large_cases() -> Iterator[Case]:
     yield Case(4, 1020, 1023, (8, 2), 128, 0.0)
     yield Case(4, 1020, 1024, (8, 2), 128, 0.0, batch=1)
     yield Case(4, 1020, 1025, (8, 1), 64, 0.0)
+    for head_dim in (64, 128):
+        # Nothing turned, two heads at once or one; and scales of which hidden scores make products that round.
+        yield Case(4, 1020, 2049, (8, 2), head_dim, 0.0, rotary=False, dtype=torch.bfloat16)
+        yield Case(20, 300, 1500, (6, 2), head_dim, 3.0, True, rotary=False, dtype=torch.bfloat16)
+        yield Case(20, 300, 1500, (8, 2), head_dim, 3.0, dtype=torch.bfloat16)
 
 
 @needs_triton
@@ -217,6 +243,7 @@ def test_flex_equals_the_specification_without_a_gpu(case: Case) -> None:
 @needs_triton
 @pytest.mark.parametrize("case", [
     Case(4, 17, 60, logits=0.5, ragged=True), Case(5, 40, 30), Case(0, 9, 40), Case(1, 1, 1, batch=1),
+    Case(4, 17, 60, head_dim=128, logits=0.5, rotary=False),
 ], ids=str)  # fmt: skip
 def test_statistics_equal_those_of_written_out_weights(case: Case) -> None:
     heads, positions = case.leaves()[:3], case.positions()

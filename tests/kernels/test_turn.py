@@ -12,7 +12,7 @@ from sinks.kernels.device.forward import Band
 from sinks.kernels.device.language import Value, constexpr, jit, tl
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.tiles import circle
-from sinks.kernels.device.turn import turn, turn_back
+from sinks.kernels.device.turn import meet, turn, turn_back
 from sinks.kernels.phase import Rotary, rotate
 from tests.kernels.interpreted import DEVICE, needs_triton
 
@@ -76,6 +76,21 @@ def test_turning_back_is_the_transpose_of_turning(width: int, interleaved: bool,
     # 2 x 4 x 40 x 64 products of size 1 to 4, each off by a few 2^-11, with random signs.
     assert abs(float(one - other)) < 2.0
     assert abs(float(one)) > 20.0  # else the bound would say nothing
+
+
+@pytest.mark.parametrize("sinks", [3, 12])
+def test_queries_that_are_not_turned_meet_the_sinks_of_their_row(sinks: int) -> None:
+    _, _, (query, key) = drawn(64, False, 0)
+    positions = (torch.arange(40, device=DEVICE) - torch.tensor([[0], [9]], device=DEVICE)).clamp(min=-1)
+    rows = Rows.of(positions)
+    found = meet(query.half(), rows.pack(key.half()), rows, Band(sinks, 9, 1.0))
+    assert found is not None
+    for row, begin in enumerate((0, 9)):
+        scores = torch.einsum("htd,hsd->hts", query[row], key[row, :, begin : begin + sinks].repeat_interleave(2, 0))
+        mine = found[:, slice(*rows.begins[row : row + 2].tolist())]
+        # Products of halves are exact in float32; 64 of them of size one are added.
+        assert (mine - scores[:, begin:]).abs().max() < 64 * 2**-20
+    assert meet(query.half(), rows.pack(key.half()), rows, Band(0, 9, 1.0)) is None
 
 
 def drawn(width: int, interleaved: bool, first: int) -> tuple[Rotary, Rows, list[Tensor]]:

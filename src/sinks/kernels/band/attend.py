@@ -66,7 +66,7 @@ def measure(
     rows, band = _rows(query, positions), Band(sinks, window, scoring.scale)
     with torch.no_grad(), on(query.device):
         query, key = (heads if heads.stride(3) == 1 else heads.contiguous() for heads in (query, key))
-        turned = turn(query, key, rows, scoring.rotary, band)
+        turned = turn(query, key, rows, scoring.rotary, band, asked=False)
         out, figures = forward(
             turned.query, turned.key, rows.pack(value), turned.scores, scoring.sink_logits, rows, band, first_keys
         )

@@ -14,7 +14,7 @@ from sinks.kernels.device import backward
 from sinks.kernels.device.forward import Band, forward
 from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.sink_part import Finished, settle, sink_gradients
-from sinks.kernels.device.turn import turn, turn_back
+from sinks.kernels.device.turn import meet, turn, turn_back
 from sinks.kernels.phase import Rotary
 
 Walker = Literal["flash", "triton"]
@@ -40,8 +40,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan) -> Tensor:
         rows, band = plan.rows, plan.band
         # Where nothing is turned, queries need no kernel of their own to meet the sinks: the window's does it too.
-        meets_inside = plan.walker == "flash" and plan.rotary is None and flash.merges_inside(query.device, band)
-        turned = turn(query, key, rows, plan.rotary, replace(band, sinks=0) if meets_inside else band)
+        asked = plan.walker == "flash" and not flash.merges_inside(query.device, band)
+        turned = turn(query, key, rows, plan.rotary, band, asked=asked)
         scores = turned.scores
         if plan.walker == "flash":
             out, log_sums, scores = flash.whole_forward(turned.query, turned.key, value, scores, logits, rows, band)
@@ -58,6 +58,8 @@ class _Attend(torch.autograd.Function):
         rows, band, rotary = plan.rows, plan.band, plan.rotary
         sinks, *saved = ctx.saved_tensors
         done, gradient = Finished(*saved), given[0].contiguous()
+        if done.scores is None:
+            done = replace(done, scores=meet(done.raw, done.key, rows, band))
         part = sink_gradients(done, gradient, rows, band)
         if plan.walker == "flash":
             query, key, value = flash.window_gradients(done, gradient, rows, band)

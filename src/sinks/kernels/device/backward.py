@@ -122,7 +122,7 @@ def _query_gradient(
         log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
         delta = tl.load(figures[1] + noted, mask=real, other=0.0)
         tile = (queries.load([begin + first, head * DIM]), gradients.load([begin + first, head * DIM]), log_sum, delta)
-        low, whole, partly, high = spans(first, length, shape, QUERIES, KEYS)
+        low, whole, partly, high = spans(first, length, shape[1], QUERIES, KEYS)
         where, heads = (begin, head // GROUP * DIM, token), (key_heads, value_heads)
         query_sum = tl.zeros([QUERIES, DIM], tl.float32)
         query_sum = _return(query_sum, tile, heads, where, (low, whole), shape, KEYS, True)

@@ -145,7 +145,7 @@ def _sink_gradient(
         if TILE > 0:
             away = queries + outside(begin, token, real, source, strides, sizes[1], PACKED) + head * strides[1]
             query = tl.load(away[:, None] + dims[None, :], mask=real[:, None], other=0.0)
-            found = sink_tile(scores, noted, token, real, shape, TILE, True)
+            found = sink_tile(scores, noted, token, real, shape, TILE)
         log_sum = tl.load(figures[0] + noted, mask=real, other=float("inf")) * 1.4426950408889634
         delta = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
         tl.store(figures[1] + noted, delta, mask=real)

@@ -2,7 +2,10 @@
 
 A softmax under way is (accumulated values, sum, largest score, sum of weight times score), all but the first one
 number a query. Scores are products that are not scaled yet; `scale`, above zero, takes them to powers of two in the one
-instruction that also subtracts the largest. Tiles may come in any order.
+instruction that also subtracts the largest. Tiles may come in any order. A key that a query does not see scores -2^100
+(`hide`): what a query that has seen nothing else gathers from it weighs exactly 0 beside the first real score, so
+nothing has to be guarded against infinities. A power of two, because its product with the scale must be exact: an
+instruction that multiplies and subtracts in one would find a difference of 1e22 between a rounded product and itself.
 
 Phases are 64-bit integers that wrap (`kernels.phase`); the upper 32 bits, read as signed, are the angle.
 """
@@ -13,23 +16,33 @@ from sinks.kernels.device.language import Value, constexpr, jit, tl
 
 
 @jit
-def take_in(
-    state: Value, scores: Value, values: Value, scale: Value, HIDDEN: constexpr, STATISTICS: constexpr,
-) -> Value:  # fmt: skip
-    """Fold a tile of `scores` [queries, keys] and its `values` [keys, dims] in; -inf hides a key, if HIDDEN says so."""
+def extent(begins: Value, row: Value, columns: Value, PACKED: constexpr) -> Value:
+    """Where a row begins among the tokens, and its length; rows without pads are all alike, and nothing is loaded."""
+    if PACKED:
+        begin = tl.load(begins + row)
+        length = tl.load(begins + row + 1) - begin
+    else:
+        begin, length = row * columns, columns
+    return begin, length
+
+
+@jit
+def hide(scores: Value, seen: Value) -> Value:
+    """`scores` where a key is `seen`, and what counts as none elsewhere."""
+    return tl.where(seen, scores, -1.2676506002282294e30)
+
+
+@jit
+def take_in(state: Value, scores: Value, values: Value, scale: Value, STATISTICS: constexpr) -> Value:
+    """Fold a tile of `scores` [queries, keys] and its `values` [keys, dims] in."""
     gathered, total, largest, weighed = state
     now = tl.maximum(largest, tl.max(scores, 1))
-    if HIDDEN:  # a query that has seen nothing yet: -inf minus -inf would be NaN
-        level = tl.where(now == float("-inf"), 0.0, now) * scale
-    else:
-        level = now * scale
+    level = now * scale
     shrink = tl.exp2(largest * scale - level)
     weights = tl.exp2(scores * scale - level[:, None])
     total = total * shrink + tl.sum(weights, 1)
     if STATISTICS:
-        # What is hidden has weight 0, and 0 times -inf would be NaN.
-        finite = tl.maximum(scores, -1.0e30) if HIDDEN else scores
-        weighed = weighed * shrink + tl.sum(weights * finite, 1)
+        weighed = weighed * shrink + tl.sum(weights * scores, 1)
     gathered = tl.dot(weights.to(values.dtype), values, gathered * shrink[:, None])
     return gathered, total, now, weighed
 
@@ -48,16 +61,14 @@ def take_in_logit(state: Value, logit: Value, scale: Value, STATISTICS: constexp
 
 
 @jit
-def sink_tile(
-    scores: Value, noted: Value, token: Value, real: Value, shape: Value, TILE: constexpr, AFTER: constexpr
-) -> Value:
+def sink_tile(scores: Value, noted: Value, token: Value, real: Value, shape: Value, TILE: constexpr) -> Value:
     """Load products of queries at positions `token` with the sinks; -inf where a sink is none of this tile's.
 
-    AFTER leaves out what the window still covers, where sink and query stand at their true distance anyway.
+    What the window still covers is left out: there sink and query stand at their true distance anyway.
     """
     sinks, window, _ = shape
     column = tl.arange(0, TILE)
-    last = tl.where(real, token - window if AFTER else token, -1)
+    last = tl.where(real, token - window, -1)
     seen = (column < sinks)[None, :] & (column[None, :] <= last[:, None])
     return tl.load(scores + (noted * sinks)[:, None] + column[None, :], mask=seen, other=float("-inf"))
 
@@ -147,10 +158,10 @@ def load_pairs(places: Value, one: Value, other: Value, real: Value) -> Value:
 
 @jit
 def load_sink(
-    heads: Value, begin: Value, head: Value, length: Value, column: Value, one: Value, other: Value, COUNT: constexpr,
-    DIM: constexpr,
-) -> Value:  # fmt: skip
+    heads: Value, row: Value, head: Value, column: Value, one: Value, other: Value, COUNT: constexpr, DIM: constexpr
+) -> Value:
     """One of a row's first tokens, as two halves [1, DIM / 2] in float32; zeros past its end."""
+    begin, length = row
     places = heads + (begin + column).to(tl.int64) * (COUNT * DIM) + head * DIM
     low = tl.load(places + one, mask=(one >= 0) & (column < length), other=0.0)
     high = tl.load(places + other, mask=(one >= 0) & (column < length), other=0.0)

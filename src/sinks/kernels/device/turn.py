@@ -23,6 +23,7 @@ from sinks.kernels.device.rows import Rows
 from sinks.kernels.device.tiles import (
     angles,
     circle,
+    extent,
     load_firsts,
     load_firsts_at,
     load_pairs,
@@ -32,10 +33,10 @@ from sinks.kernels.device.tiles import (
 )
 from sinks.kernels.phase import Rotary
 
-TOKENS = 16
-"""Tokens of one program, which turns all of their heads by one sine and cosine."""
+TOKENS, SLICE, STAGES = 16, 8, 3
+"""Tokens of one program, heads at most that it turns by one sine and cosine, and heads on their way at a time."""
 
-MET = 32
+MET = 64
 """Tokens of a program that has only scores to find."""
 
 BY_HAND = 8
@@ -75,145 +76,128 @@ def partners(dims: Value, rotary: Value, INTERLEAVED: constexpr) -> Value:
 
 @jit
 def _stand(
-    heads: Value, begins: Value, source: Value, strides: Value, sizes: Value, TOKENS: constexpr, PACKED: constexpr
-) -> Value:
-    """Where its row begins and how long it is, a program's tokens, and where they stand, in the batch and packed."""
+    heads: Value, begins: Value, source: Value, strides: Value, sizes: Value, TOKENS: constexpr, FULL: constexpr,
+    PACKED: constexpr,
+) -> Value:  # fmt: skip
+    """A program's tokens, which are real, where they stand in the batch and packed, and where their row's sinks do."""
+    columns, _, _, sinks, start = sizes
     row = tl.program_id(1)
-    begin = tl.load(begins + row)
-    length = tl.load(begins + row + 1) - begin
-    columns, _, _, _, start = sizes
+    begin, length = extent(begins, row, columns, PACKED)
     token = (tl.program_id(0) + start) * TOKENS + tl.arange(0, TOKENS)
-    away = heads + outside(begin, token, token < length, source, strides, columns, PACKED)
-    return (begin, length), token, away, (begin + token).to(tl.int64)
+    real = token < length
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
+    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
+    firsts = (row * sinks, sinks) if FULL else (begin, length)
+    return token, real, away, (begin + token).to(tl.int64), firsts
+
+
+@jit
+def _circles(token: Value, capacity: Value, steps: Value, rotary: Value, DIM: constexpr, OTHER: constexpr) -> Value:
+    """Cosine and sine of each pair by the position, and, if there is an OTHER angle, by the position in the cache."""
+    here = angles(token, steps, rotary, DIM)
+    return here, angles(tl.minimum(token, capacity - 1), steps, rotary, DIM) if OTHER else here
 
 
 @jit
 def _turn(
     heads: Value, turned: Value, first_keys: Value, scores: Value, begins: Value, source: Value, steps: Value,
-    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, FULL: constexpr,
-    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, SLICE: constexpr,
+    STAGES: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr, FULL: constexpr, INTERLEAVED: constexpr,
+    WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
     """heads[source] -> `turned` by the position; `scores`: of queries, turned as in the cache, and turned sinks.
 
     FULL: the cache is full for all of these tokens, and `first_keys` are turned instead of the queries.
     """
     _, capacity, tokens, sinks, _ = sizes
-    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
-    begin, length = row
-    real = token < length
+    token, real, away, place, firsts = _stand(heads, begins, source, strides, sizes, TOKENS, FULL, PACKED)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
-    cos, sin = angles(token, steps, rotary, DIM)
-    sink_cos, sink_sin = cos, sin
-    if TILE > 0 and not FULL:
-        sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
-    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
-    firsts, there = begin, length
-    if FULL:
-        firsts, there = tl.program_id(1) * sinks, sinks
-    for kv_head in range(HEADS // GROUP):
-        if TILE > 0 and not FEW:
-            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            low, high = load_pairs(away + head * strides[1], one, other, real)
-            a, b = low.to(tl.float32), high.to(tl.float32)
-            here = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
-            tl.store(here + one[None, :], (a * cos - b * sin).to(low.dtype), mask=real[:, None])
-            tl.store(here + other[None, :], (b * cos + a * sin).to(low.dtype), mask=real[:, None])
-            if TILE > 0 and not FULL:
-                low = (a * sink_cos - b * sink_sin).to(low.dtype)
-                high = (b * sink_cos + a * sink_sin).to(low.dtype)
-            if FEW:
-                for column in tl.static_range(FEW):
-                    a, b = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
-                    product = tl.sum(low.to(tl.float32) * a + high.to(tl.float32) * b, 1)
-                    tl.store(scores + (place + head * tokens) * FEW + column, product, mask=real)
-            elif TILE > 0:
-                column = tl.arange(0, TILE)
-                noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
-                products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
-                tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
+    here, there = _circles(token, capacity, steps, rotary, DIM, TILE > 0 and not FULL)
+    for member in tl.range(0, SLICE, num_stages=STAGES):
+        head = tl.program_id(2) * SLICE + member
+        kv_head = head // GROUP
+        low, high = load_pairs(away + head * strides[1], one, other, real)
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        into = (turned + place * (HEADS * DIM) + head * DIM)[:, None]
+        tl.store(into + one[None, :], (a * here[0] - b * here[1]).to(low.dtype), mask=real[:, None])
+        tl.store(into + other[None, :], (b * here[0] + a * here[1]).to(low.dtype), mask=real[:, None])
+        if TILE > 0 and not FULL:
+            low = (a * there[0] - b * there[1]).to(low.dtype)
+            high = (b * there[0] + a * there[1]).to(low.dtype)
+        if FEW:
+            for column in tl.static_range(FEW):
+                a, b = load_sink(first_keys, firsts, kv_head, column, one, other, HEADS // GROUP, DIM)
+                product = tl.sum(low.to(tl.float32) * a + high.to(tl.float32) * b, 1)
+                tl.store(scores + (place + head * tokens) * FEW + column, product, mask=real)
+        elif TILE > 0:
+            column = tl.arange(0, TILE)
+            low_keys = load_firsts_at(first_keys, firsts[0], kv_head, firsts[1], one, HEADS // GROUP, DIM, TILE)
+            high_keys = load_firsts_at(first_keys, firsts[0], kv_head, firsts[1], other, HEADS // GROUP, DIM, TILE)
+            noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
+            products = tl.dot(high, tl.trans(high_keys), tl.dot(low, tl.trans(low_keys)))
+            tl.store(scores + noted, products, mask=real[:, None] & (column < sinks)[None, :])
 
 
 @jit
 def _meet(
     heads: Value, first_keys: Value, scores: Value, begins: Value, source: Value, strides: Value, sizes: Value,
-    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr,
-    PACKED: constexpr,
+    HEADS: constexpr, GROUP: constexpr, DIM: constexpr, TOKENS: constexpr, TILE: constexpr, SINKS: constexpr,
+    STAGES: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
-    """Where nothing is turned: heads[source] and sinks -> `scores`; one head a program."""
-    _, _, tokens, sinks, _ = sizes
-    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
-    begin, length = row
-    head, real, dims = tl.program_id(2), token < length, tl.arange(0, DIM)
-    query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
-    noted = (place + head * tokens) * sinks
-    if FEW:
-        wide = query.to(tl.float32)
-        for column in tl.static_range(FEW):
-            at = (begin + column).to(tl.int64) * (HEADS // GROUP * DIM) + head // GROUP * DIM
-            key = tl.load(first_keys + at + dims, mask=(dims < DIM) & (column < length), other=0.0)
-            tl.store(scores + noted + column, tl.sum(wide * key.to(tl.float32)[None, :], 1), mask=real)
-    else:
-        keys = load_firsts(first_keys, begin, head // GROUP, length, HEADS // GROUP, DIM, TILE)
-        column = tl.arange(0, TILE)
-        there = real[:, None] & (column < sinks)[None, :]
-        tl.store(scores + noted[:, None] + column[None, :], tl.dot(query, tl.trans(keys)), mask=there)
+    """Where nothing is turned: heads[source] and sinks -> `scores`; the query heads of one key head a program."""
+    columns, tokens = sizes
+    begin, length = extent(begins, tl.program_id(1), columns, PACKED)
+    token, kv_head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(2)
+    real, dims, column = token < length, tl.arange(0, DIM), tl.arange(0, TILE)
+    away = heads + outside(begin, token, real, source, strides, columns, PACKED)
+    keys = load_firsts(first_keys, begin, kv_head, length, HEADS // GROUP, DIM, TILE)
+    for member in tl.range(0, GROUP, num_stages=STAGES):
+        head = (kv_head * GROUP + member).to(tl.int64)
+        query = tl.load((away + head * strides[1])[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+        into = ((head * tokens + begin + token) * SINKS)[:, None] + column[None, :]
+        products = tl.dot(query, tl.trans(keys))
+        tl.store(scores + into, products, mask=real[:, None] & (column < SINKS)[None, :])
 
 
 @jit
 def _turn_back(
     heads: Value, given: Value, first_keys: Value, slopes: Value, begins: Value, source: Value, steps: Value,
-    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr,
-    TOKENS: constexpr, TILE: constexpr, FEW: constexpr, TURNED: constexpr, FULL: constexpr,
-    INTERLEAVED: constexpr, WHOLE: constexpr, PACKED: constexpr,
+    strides: Value, sizes: Value, rotary: Value, HEADS: constexpr, GROUP: constexpr, DIM: constexpr, SLICE: constexpr,
+    STAGES: constexpr, TOKENS: constexpr, TILE: constexpr, FEW: constexpr, FULL: constexpr, INTERLEAVED: constexpr,
+    WHOLE: constexpr, PACKED: constexpr,
 ) -> None:  # fmt: skip
     """Gradients of turned heads, and `slopes` of their scores against turned sinks -> those of heads[source]."""
     _, capacity, tokens, sinks, _ = sizes
-    row, token, away, place = _stand(heads, begins, source, strides, sizes, TOKENS, PACKED)
-    begin, length = row
-    real = token < length
+    token, real, away, place, firsts = _stand(heads, begins, source, strides, sizes, TOKENS, FULL, PACKED)
     one, other = pairs_of(rotary, DIM, INTERLEAVED, WHOLE)
-    if TURNED:
-        cos, sin = angles(token, steps, rotary, DIM)
-        sink_cos, sink_sin = cos, sin
-        if TILE > 0 and not FULL:
-            sink_cos, sink_sin = angles(tl.minimum(token, capacity - 1), steps, rotary, DIM)
-    # The sinks stand at the beginning of a row, or, turned for a full cache, in a tensor of their own.
-    firsts, there = begin, length
-    if FULL:
-        firsts, there = tl.program_id(1) * sinks, sinks
-    for kv_head in range(HEADS // GROUP):
-        if TILE > 0 and not FEW:
-            low_keys = load_firsts_at(first_keys, firsts, kv_head, there, one, HEADS // GROUP, DIM, TILE)
-            high_keys = load_firsts_at(first_keys, firsts, kv_head, there, other, HEADS // GROUP, DIM, TILE)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
-            low, high = low.to(tl.float32), high.to(tl.float32)
-            if TURNED:  # the inverse of a turn is its transpose
-                low, high = low * cos + high * sin, high * cos - low * sin
-            if TILE > 0:
-                a, b = tl.zeros_like(low), tl.zeros_like(high)
-                if FEW:
-                    for column in tl.static_range(FEW):
-                        x, y = load_sink(first_keys, firsts, kv_head, there, column, one, other, HEADS // GROUP, DIM)
-                        share = tl.load(slopes + (place + head * tokens) * FEW + column, mask=real, other=0.0)
-                        a, b = a + share[:, None] * x, b + share[:, None] * y
-                else:
-                    column = tl.arange(0, TILE)
-                    noted = ((place + head * tokens) * sinks)[:, None] + column[None, :]
-                    share = tl.load(slopes + noted, mask=real[:, None] & (column < sinks)[None, :], other=0.0)
-                    share = share.to(low_keys.dtype)
-                    a, b = tl.dot(share, low_keys), tl.dot(share, high_keys)
-                if TURNED and not FULL:
-                    a, b = a * sink_cos + b * sink_sin, b * sink_cos - a * sink_sin
-                low, high = low + a, high + b
-            here = (away + head * strides[1])[:, None]
-            tl.store(here + one[None, :], low.to(heads.dtype.element_ty), mask=real[:, None])
-            tl.store(here + other[None, :], high.to(heads.dtype.element_ty), mask=real[:, None])
+    here, there = _circles(token, capacity, steps, rotary, DIM, TILE > 0 and not FULL)
+    for member in tl.range(0, SLICE, num_stages=STAGES):
+        head = tl.program_id(2) * SLICE + member
+        kv_head, noted = head // GROUP, (place + head * tokens) * sinks
+        low, high = load_pairs(given + place * (HEADS * DIM) + head * DIM, one, other, real)
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        # The inverse of a turn is its transpose.
+        low, high = low * here[0] + high * here[1], high * here[0] - low * here[1]
+        if TILE > 0:
+            a, b = tl.zeros_like(low), tl.zeros_like(high)
+            if FEW:
+                for column in tl.static_range(FEW):
+                    x, y = load_sink(first_keys, firsts, kv_head, column, one, other, HEADS // GROUP, DIM)
+                    share = tl.load(slopes + noted + column, mask=real, other=0.0)
+                    a, b = a + share[:, None] * x, b + share[:, None] * y
+            else:
+                column = tl.arange(0, TILE)
+                low_keys = load_firsts_at(first_keys, firsts[0], kv_head, firsts[1], one, HEADS // GROUP, DIM, TILE)
+                high_keys = load_firsts_at(first_keys, firsts[0], kv_head, firsts[1], other, HEADS // GROUP, DIM, TILE)
+                wanted = real[:, None] & (column < sinks)[None, :]
+                share = tl.load(slopes + noted[:, None] + column[None, :], mask=wanted, other=0.0).to(low_keys.dtype)
+                a, b = tl.dot(share, low_keys), tl.dot(share, high_keys)
+            if not FULL:
+                a, b = a * there[0] + b * there[1], b * there[0] - a * there[1]
+            low, high = low + a, high + b
+        into = (away + head * strides[1])[:, None]
+        tl.store(into + one[None, :], low.to(heads.dtype.element_ty), mask=real[:, None])
+        tl.store(into + other[None, :], high.to(heads.dtype.element_ty), mask=real[:, None])
 
 
 @jit
@@ -244,7 +228,7 @@ class Turned:
 
     `sinks` are the first keys of each row, turned back by the angle of a query that sees a full cache (None: nothing is
     turned). `scores` are products of each query, turned by its position in the cache, with its row's sinks: neither
-    scaled nor hidden, float32 (None: no sinks). A sink that a row is too short for gives 0.
+    scaled nor hidden, float32 (None: no sinks, or not asked for). A sink that a row is too short for gives 0.
     """
 
     query: Float[Tensor, "tokens heads head_dim"]
@@ -259,34 +243,55 @@ def turn(
     rows: Rows,
     rotary: Rotary | None,
     band: Band,
+    *,
+    asked: bool = True,
 ) -> Turned:
-    """Pack query and key, turned by their positions; the last axis of both has stride 1."""
+    """Pack query and key, turned by their positions; the last axis of both has stride 1.
+
+    Unless `asked` for, there are no scores where nothing is turned: a packed query meets the sinks as it is.
+    """
     packed, packed_query = (_make(heads, rows, rotary) for heads in (key, query))
+    if rotary is None:
+        return Turned(packed_query, packed, None, meet(query, packed, rows, band) if asked else None)
     sinks, scores, sizes = None, None, (band.sinks, band.sinks + band.window)
     if band.sinks:
-        scores = torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
-    if rotary is not None:
-        _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
-        sinks = _sinks_of(packed, rows, rotary, band) if band.sinks else None
-        beside = (packed, packed_query if scores is None else scores)
-        _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
-    elif scores is not None:
-        _launch_meet(query, packed, scores, rows, sizes)
+        scores = _empty_scores(query, rows, band)
+    _launch(_turn, (key, packed), (packed, packed), rows, rotary, (0, 0))
+    if band.sinks:
+        sinks = _sinks_of(packed, rows, rotary, band)
+    beside = (packed, packed_query if scores is None else scores)
+    _launch(_turn, (query, packed_query), beside, rows, rotary, sizes, sinks)
     return Turned(packed_query, packed, sinks, scores)
+
+
+def _empty_scores(query: Tensor, rows: Rows, band: Band) -> Tensor:
+    return torch.empty(query.shape[1], rows.tokens, band.sinks, dtype=torch.float32, device=query.device)
 
 
 def _make(heads: Tensor, rows: Rows, rotary: Rotary | None) -> Tensor:
     return rows.pack(heads) if rotary is None else heads.new_empty(rows.tokens, heads.shape[1], heads.shape[3])
 
 
-def _launch_meet(query: Tensor, key: Tensor, scores: Tensor, rows: Rows, sizes: tuple[int, int]) -> None:
-    (_, heads, _, head_dim), (sinks, capacity) = query.shape, sizes
-    _meet[(triton.cdiv(rows.longest, MET), rows.batch, heads)](
+def meet(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    rows: Rows,
+    band: Band,
+) -> Float[Tensor, "heads tokens sinks"] | None:
+    """`Turned.scores` where nothing is turned."""
+    if not band.sinks:
+        return None
+    scores, (_, heads, _, head_dim), group = (
+        _empty_scores(query, rows, band),
+        query.shape,
+        query.shape[1] // key.shape[1],
+    )
+    _meet[(triton.cdiv(rows.longest, MET), rows.batch, key.shape[1])](
         query, key, scores, rows.begins, rows.begins if rows.source is None else rows.source,
-        tuple(query.stride()[:3]), (rows.columns, capacity, rows.tokens, sinks, 0),
-        HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, TOKENS=MET, TILE=Band(sinks, 1, 1.0).tile,
-        FEW=sinks if sinks <= BY_HAND else 0, PACKED=rows.source is not None, num_warps=4,
+        tuple(query.stride()[:3]), (rows.columns, rows.tokens), HEADS=heads, GROUP=group, DIM=head_dim, TOKENS=MET,
+        TILE=band.tile, SINKS=band.sinks, STAGES=STAGES, PACKED=rows.source is not None, num_warps=WARPS,
     )  # fmt: skip
+    return scores
 
 
 def _sinks_of(key: Tensor, rows: Rows, rotary: Rotary, band: Band) -> Tensor:
@@ -342,15 +347,15 @@ def _launch(
     """`pair`: heads in the batch and packed; `beside`: first keys and scores. `full`: first keys for a full cache."""
     heads, (sinks, capacity), blocks = pair[0], sizes, triton.cdiv(rows.longest, TOKENS)
     source, (steps, numbered) = rows.begins if rows.source is None else rows.source, numbers(rotary, rows)
-    known = spell(rotary, heads.shape[3]) | ({"TURNED": rotary is not None} if kernel is _turn_back else {})
+    cut = next(size for size in range(SLICE, 0, -1) if heads.shape[1] % size == 0)
     filled = blocks if full is None else min(triton.cdiv(capacity - 1, TOKENS), blocks)
     for start, stop, keys in ((0, filled, beside[0]), (filled, blocks, full)):
         if start == stop or keys is None:
             continue
-        kernel[(stop - start, rows.batch)](
+        kernel[(stop - start, rows.batch, heads.shape[1] // cut)](
             *pair, keys, beside[1], rows.begins, source, steps, tuple(heads.stride()[:3]),
             (rows.columns, capacity, rows.tokens, sinks, start), numbered,
-            HEADS=heads.shape[1], GROUP=heads.shape[1] // beside[0].shape[1], DIM=heads.shape[3], TOKENS=TOKENS,
-            TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0, FULL=start > 0,
-            PACKED=rows.source is not None, num_warps=WARPS, **known,
+            HEADS=heads.shape[1], GROUP=heads.shape[1] // beside[0].shape[1], DIM=heads.shape[3], SLICE=cut,
+            STAGES=STAGES, TOKENS=TOKENS, TILE=Band(sinks, 1, 1.0).tile, FEW=sinks if sinks <= BY_HAND else 0,
+            FULL=start > 0, PACKED=rows.source is not None, num_warps=WARPS, **spell(rotary, heads.shape[3]),
         )  # fmt: skip

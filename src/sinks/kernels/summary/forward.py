@@ -10,33 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinks.kernels.device.forward import Shape
+from sinks.kernels.device.forward import Shape, walk
 from sinks.kernels.device.language import LOG2E, Value, constexpr, describe, jit, tl, triton
-from sinks.kernels.device.tiles import load_firsts, place_of, take_in
+from sinks.kernels.device.tiles import hide, load_firsts, place_of, take_in
 from sinks.kernels.summary.summary import FIRST
 
 # Measured on an H200: at 131,072 tokens with d 64, 32,768 with d 128.
-SHAPES = {64: Shape(64, 128, 4, 2), 128: Shape(64, 64, 4, 3)}
+SHAPES = {64: Shape(64, 128, 4, 2, 168), 128: Shape(64, 64, 4, 3)}
 FIGURES = 4
 """log-sum-exp, maximum, mass of the rest, entropy of the rest."""
-
-
-@jit
-def _walk(
-    state: Value, tensors: Value, where: Value, bounds: Value, scale: Value, KEYS: constexpr, HIDDEN: constexpr
-) -> Value:
-    """Take in the keys from bounds[0] up to bounds[1]; HIDDEN: not every query sees each of them."""
-    query, key_heads, value_heads = tensors
-    begin, offset, token = where
-    for start in tl.range(bounds[0], bounds[1], KEYS):
-        keys = key_heads.load([begin + start, offset])
-        scores = tl.dot(query, tl.trans(keys))
-        if HIDDEN:
-            column = start + tl.arange(0, KEYS)
-            scores = tl.where(column[None, :] <= token[:, None], scores, float("-inf"))
-        values = value_heads.load([begin + start, offset])
-        state = take_in(state, scores, values, scale, HIDDEN, True)
-    return state
 
 
 @jit
@@ -52,22 +34,22 @@ def _forward(
     token = first + tl.arange(0, QUERIES)
     zeros = tl.zeros([QUERIES], tl.float32)
     state = (tl.zeros([QUERIES, DIM], tl.float32), zeros, zeros - float("inf"), zeros)
-    heads = (queries.load([begin + first, head * DIM]), key_heads, value_heads)
-    where = (begin, kv_head * DIM, token)
-    whole = FIRST + tl.maximum(first + 1 - FIRST, 0) // KEYS * KEYS
-    state = _walk(state, heads, where, (FIRST, whole), scale, KEYS, False)
-    state = _walk(state, heads, where, (whole, tl.minimum(first + QUERIES, length)), scale, KEYS, True)
+    query = queries.load([begin + first, head * DIM])
+    heads, where, shape = ((query,), key_heads, value_heads), (begin, kv_head * DIM, token), (0, length, scale)
+    whole, end = FIRST + tl.maximum(first + 1 - FIRST, 0) // KEYS * KEYS, tl.minimum(first + QUERIES, length)
+    states = walk((state,), heads, where, (FIRST, FIRST, whole, whole), shape, KEYS, False, True)
+    state = walk(states, heads, where, (whole, end, end, end), shape, KEYS, True, True)[0]
     _, total, largest, weighed = state
-    has_rest = total > 0
+    has_rest = (token >= FIRST) & (total > 0)  # past the end there is none either
     rest_sum = tl.where(has_rest, largest * scale + tl.log2(tl.where(has_rest, total, 1.0)), float("-inf"))
     rest_entropy = tl.where(has_rest, rest_sum - weighed / tl.where(has_rest, total, 1.0) * scale, 0.0)
 
     column = tl.arange(0, FIRST)
     keys = load_firsts(first_heads[0], begin, kv_head, length, HEADS // GROUP, DIM, FIRST)
     values = load_firsts(first_heads[1], begin, kv_head, length, HEADS // GROUP, DIM, FIRST)
-    scores = tl.dot(heads[0], tl.trans(keys))
-    scores = tl.where(column[None, :] <= token[:, None], scores, float("-inf"))
-    gathered, total, largest, _ = take_in(state, scores, values, scale, True, False)
+    scores = tl.dot(query, tl.trans(keys))
+    scores = hide(scores, column[None, :] <= token[:, None])
+    gathered, total, largest, _ = take_in(state, scores, values, scale, False)
     out, figures, weights = results
     real = token < length
     log_sum = largest * scale + tl.log2(total)
@@ -104,6 +86,6 @@ def forward(
         describe(query, cut.queries), describe(key, cut.keys), describe(value, cut.keys), (key, value),
         (out, figures, first), (length, tokens), scale * LOG2E,
         HEADS=heads, GROUP=heads // key.shape[1], DIM=head_dim, QUERIES=cut.queries, KEYS=cut.keys, FIRST=FIRST,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
     return out, figures, first

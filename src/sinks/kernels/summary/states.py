@@ -84,6 +84,14 @@ def _digits(counts: Value, text: Value, half: Value, PASSES: constexpr, LEFT: co
 
 
 @jit
+def _piece(bits: Value, size: Value, step: Value, MASK: constexpr, ELEMENTS: constexpr, RUN: constexpr) -> Value:
+    """One of the tiles that a program goes through of its text, without signs; past the end, the largest number."""
+    at = (tl.program_id(0).to(tl.int64) * RUN + step) * ELEMENTS + tl.arange(0, ELEMENTS)
+    text = bits + tl.program_id(1).to(tl.int64) * size
+    return tl.load(text + at, mask=at < size, other=MASK).to(tl.int32) & MASK
+
+
+@jit
 def _count(
     bits: Value, counts: Value, size: Value, half: Value, PASSES: constexpr, LEFT: constexpr, DIGIT: constexpr,
     MASK: constexpr, ELEMENTS: constexpr, RUN: constexpr,
@@ -91,14 +99,10 @@ def _count(
     """Count the numbers below each next digit that the median may have."""
     text = tl.program_id(1)
     found = _digits(counts, text, half, PASSES, LEFT, DIGIT)
-    first = tl.program_id(0).to(tl.int64) * ELEMENTS * RUN
-    begin = bits + text.to(tl.int64) * size
-    place = tl.arange(0, ELEMENTS)
     low = tl.zeros([ELEMENTS], tl.int32)  # four counts of eight bits each, three in the other
     high = tl.zeros([ELEMENTS], tl.int32)
     for step in range(RUN):
-        at = first + step * ELEMENTS + place
-        numbers = tl.load(begin + at, mask=at < size, other=MASK).to(tl.int32) & MASK
+        numbers = _piece(bits, size, step, MASK, ELEMENTS, RUN)
         for tried in tl.static_range(1, 1 << DIGIT):
             pivot = tl.minimum(found.to(tl.int64) + (tried << ((LEFT - 1 - PASSES) * DIGIT)), MASK).to(tl.int32)
             one = tl.where(numbers < pivot, 1 << (8 * ((tried - 1) % 4)), 0)
@@ -120,14 +124,10 @@ def _settle(
     """Write the upper middle number, how many lie below it, and the largest of these."""
     text = tl.program_id(1)
     upper = _digits(counts, text, half, LEFT, LEFT, DIGIT)
-    first = tl.program_id(0).to(tl.int64) * ELEMENTS * RUN
-    begin = bits + text.to(tl.int64) * size
-    place = tl.arange(0, ELEMENTS)
     below = tl.zeros([ELEMENTS], tl.int32)
     largest = tl.zeros([ELEMENTS], tl.int32)
     for step in range(RUN):
-        at = first + step * ELEMENTS + place
-        numbers = tl.load(begin + at, mask=at < size, other=MASK).to(tl.int32) & MASK
+        numbers = _piece(bits, size, step, MASK, ELEMENTS, RUN)
         below += (numbers < upper).to(tl.int32)
         largest = tl.maximum(largest, tl.where(numbers < upper, numbers, 0))
     into = settled + text * 3
