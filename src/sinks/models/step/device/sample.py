@@ -32,6 +32,11 @@ def _number(ordered: Value) -> Value:
 
 
 @jit
+def _is_finite(x: Value) -> Value:
+    return (x > float("-inf")) & (x < float("inf"))
+
+
+@jit
 def _is_greater(x: Value, token: Value, least: Value, than: Value) -> Value:
     """Whether (x, token) comes above (least, than) in the order of this module."""
     return (x > least) | ((x == least) & (token > than))
@@ -140,12 +145,12 @@ def race(
     ahead(PDL)
     row, chunk = tl.program_id(0), tl.program_id(1)
     seat, position = tl.load(rows + row), tl.load(positions + row)
-    temperature = tl.load(reals + seat * 8)
-    if (position >= 0) & (temperature > 0):
+    temperature, most = tl.load(reals + seat * 8), _most(measured, row, PLACES)
+    if (position >= 0) & (temperature > 0) & _is_finite(most):
         n = chunk * CHUNK + tl.arange(0, CHUNK)
         own = row.to(tl.int64) * vocab
         x = tl.load(logits + own + n, mask=n < vocab, other=float("-inf"))
-        below = (x - _most(measured, row, PLACES)) / temperature
+        below = (x - most) / temperature
         weight = tl.exp(below)
         key = below + noise_between(tl.load(wholes + seat * 8 + 3), position + 1, chunk * CHUNK, CHUNK)
         key = tl.where((weight >= tl.load(reals + seat * 8 + 2)) & (x > float("-inf")), key, float("-inf"))
@@ -177,15 +182,15 @@ def verify(
     ahead(PDL)
     row, chunk = tl.program_id(0), tl.program_id(1)
     seat = tl.load(rows + row)
-    temperature = tl.load(reals + seat * 8)
+    temperature, most = tl.load(reals + seat * 8), _most(measured, row, PLACES)
     filtered = (tl.load(reals + seat * 8 + 1) < 1) | (tl.load(wholes + seat * 8) > 0)
-    if (tl.load(positions + row) >= 0) & (temperature > 0) & filtered:
+    if (tl.load(positions + row) >= 0) & (temperature > 0) & filtered & _is_finite(most):
         token = tl.minimum(_winner(parts, row, tl.num_programs(1), PLACES), vocab - 1)
         own = logits + row.to(tl.int64) * vocab
         least = tl.load(own + token)
         n = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(own + n, mask=n < vocab, other=float("-inf"))
-        weight = tl.exp((x - _most(measured, row, PLACES)) / temperature)
+        weight = tl.exp((x - most) / temperature)
         place, part = parts + row * PLACES + chunk, tl.num_programs(0) * PLACES
         tl.store(place + 3 * part, tl.sum(tl.where(_is_greater(x, n, least, token), weight, 0.0), 0))
         tl.store(place + 4 * part, tl.sum((x > least).to(tl.float32), 0))
@@ -340,7 +345,7 @@ def choose(
     if (position >= 0) & (changed | (temperature > 0) | (not KNOWN)):
         packed = tl.max(tl.load(measured + row * PLACES + n), 0)
     most = _number(packed >> 32)
-    finite = (most > float("-inf")) & (most < float("inf"))
+    finite = _is_finite(most)
     token = (0xFFFFFFFF - (packed & 0xFFFFFFFF)).to(tl.int32)
     if (position >= 0) & (temperature > 0) & finite:
         token = _drawn(
