@@ -4,9 +4,9 @@
 
 `streams`: tokens a second of an engine with so many streams, greedy or sampled, of the bare step (the same rows in a
 graph that is replayed and asked nothing), and of the model called in a loop that does nothing else. They take turns;
-medians; `share` is of the bare step. `session`: the same for one session. `gap`: one stream writes while a long prompt is read; the longest time
-between two of its tokens, against the time of one chunk and of one step. `park`: milliseconds to put a stream away to
-the host, and to bring it back.
+medians; `share` is of the bare step. `session`: the same for one session. `gap`: one stream writes while a long prompt
+is read; the longest time between two of its tokens, against the time of one chunk and of one step. `park`:
+milliseconds to put a stream away to the host, and to bring it back.
 """
 
 from __future__ import annotations
