@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinks.models.step.device.draw import HISTORY, Drawing, Draws
-from sinks.models.step.device.noise import _philox, noise
+from sinks.models.step.device.choice.draws import HISTORY, Drawing, Draws
+from sinks.models.step.device.choice.noise import _philox, noise
 from sinks.stream.sampling import Sampler, Sampling, filtered
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sinks.errors import InvalidInput, SinksError, UnsupportedOption
 from sinks.kernels.device.language import why_no_triton
-from sinks.models.step.device.draw import BIASES, HISTORY, Drawing, Draws
-from sinks.models.step.device.noise import noise
+from sinks.models.step.device.choice.draws import BIASES, HISTORY, Drawing, Draws
+from sinks.models.step.device.choice.noise import noise
 
 COLDEST = 1e-4
 """Colder than this, logits divided by the temperature could overflow; 0 says greedy."""

@@ -57,5 +57,4 @@ def warm_up(ground: Ground) -> None:
         return
     step = forward.device.step(pool.seats)
     for power in range((pool.size - 1).bit_length() + 1):
-        rows = 1 << power
-        step([0] * rows, [0] * rows, [-1] * rows)
+        step.warm_up(1 << power)

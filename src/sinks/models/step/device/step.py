@@ -21,7 +21,7 @@ from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
 from sinks.kernels.device.step import HeadNorms
-from sinks.models.step.device.draw import NOBODY, PLACES, Drawing, Draws
+from sinks.models.step.device.choice.draws import NOBODY, PLACES, Drawing, Draws
 from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
 from sinks.models.step.device.small import embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
@@ -169,7 +169,7 @@ class DeviceStep:
             )
         program = self._program(power(count))
         program.place(ids, rows, positions)
-        program()
+        program(self.draws.are_plain(rows))
         self._last = program
         return self.buffers.logits[:count]
 
@@ -180,18 +180,27 @@ class DeviceStep:
             raise InvalidInput("run() goes on from a step, and there was none")
         self._last.placed = None  # the host does not follow
         for _ in range(steps):
-            self._last()
+            self._last(self._last.plain)
+
+    @torch.inference_mode()
+    def warm_up(self, rows: int) -> None:
+        """Capture all that steps of so many rows may need now, not when it is first needed."""
+        program = self._program(power(rows))
+        program.place([0] * rows, [0] * rows, [-1] * rows)
+        for plain in (True, False):
+            program(plain)
 
     def _program(self, bucket: int) -> _Program:
         if bucket not in self._programs:
-            program = _Program(self, bucket)
-            if self.device.type == "cuda":
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                program.capture(self._pool)
-                self.captures += 1
-            self._programs[bucket] = program
+            self._programs[bucket] = _Program(self, bucket)
         return self._programs[bucket]
+
+    def graph_pool(self) -> Any:
+        """The memory that all graphs of this step share; counts one graph more."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self.captures += 1
+        return self._pool
 
 
 class _Program:
@@ -202,7 +211,8 @@ class _Program:
         self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
         self.control[2] = -1
         self.chain = step.chain_for(rows) if step.device.type == "cuda" else Chain(0, False)
-        self.graph: Any = None
+        self.plain = True
+        self._graphs: dict[bool, Any] = {}
         self.best = torch.full((rows, PLACES), NOBODY, device=step.device)
         self.told = step.draws.told.view(-1)[: 2 * rows].view(2, rows)
         self.placed: tuple[list[int], list[int]] | None = None
@@ -245,28 +255,34 @@ class _Program:
         if isinstance(ids, Tensor):
             self.control[0, : len(rows)].copy_(ids)
 
-    def capture(self, pool: Any) -> None:
+    def _capture(self, plain: bool, pool: Any) -> Any:
         """Compile on rows that rest, then record."""
+        kept, self.control[2] = self.control.clone(), -1
         with _CAPTURING, on(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._launch()
+                self._launch(plain)
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads ask of the GPU meanwhile is their own affair
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._launch()
-            self.graph = graph
+                self._launch(plain)
+        self.control.copy_(kept)
+        return graph
 
-    def __call__(self) -> None:
-        if self.graph is None:
-            self._launch()
-        else:
-            self.graph.replay()
+    def __call__(self, plain: bool) -> None:
+        """A step; `plain`: every row takes the likeliest token, which spares all other choices' kernels."""
+        self.plain = plain
+        if self.device.type != "cuda":
+            self._launch(plain)
+            return
+        if plain not in self._graphs:
+            self._graphs[plain] = self._capture(plain, self.step.graph_pool())
+        self._graphs[plain].replay()
 
-    def _launch(self) -> None:
+    def _launch(self, plain: bool) -> None:
         step: Any = self.step
         weights, buffers, rows = step.weights, step.buffers, self.rows
         ids, seats, positions = self.control
@@ -289,7 +305,10 @@ class _Program:
             for layer, block in enumerate(weights.blocks):
                 self._block(layer, block)
             self._after_norm(weights.head, buffers.logits, self.best)
-            step.draws.launch(buffers.logits, self.control, self.best, self.chain.products)
+            if plain:
+                step.draws.launch_best(self.control, self.best, self.chain.products)
+            else:
+                step.draws.launch(buffers.logits, self.control, self.best, self.chain.products)
 
     def _block(self, layer: int, block: DeviceBlock) -> None:
         step: Any = self.step

@@ -1,8 +1,8 @@
-"""How the rows of a step choose their next tokens: the settings of every seat, on the device, and the kernels."""
+"""How the rows of a step choose their next tokens: the settings of every seat, and the kernels in order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinks.kernels.device.language import on
+from sinks.models.step.device.choice.penalties import penalise
+from sinks.models.step.device.choice.race import measure, race, race_again, verify
+from sinks.models.step.device.choice.search import choose, choose_best
 from sinks.models.step.device.linear import chained, power
-from sinks.models.step.device.sample import choose, measure, penalise, race, verify
 
 PLACES = 64
 """Where programs of the output head leave their best, and the most chunks of a vocabulary: one would be fought for."""
@@ -23,9 +25,11 @@ BIASES = 512
 """Tokens that may be biased."""
 
 CHUNK = 4096
-GROUPS = 16
-FEW = 2048
-"""Logits that count as few: they are looked at in one go."""
+GROUP = 64
+"""Logits side by side of which the largest is known."""
+
+FEW = 128
+"""A top-k up to this is found in so many groups at most, which fit into registers."""
 
 NOBODY = -(2**63)
 """Less than any packed logit."""
@@ -50,6 +54,11 @@ class Drawing:
     lookback: int = 0
     seed: int = 0
     bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the likeliest token of the logits as they are."""
+        return self.temperature == 0 and not self.lookback and not self.bias
 
     @property
     def reals(self) -> list[float]:
@@ -77,16 +86,18 @@ class Draws:
         self.biased, self.bias = room(seats, BIASES, dtype=torch.int32), room(seats, BIASES)
         self.newest = room(seats, dtype=torch.int64, value=-1)
         self.measured = room(rows, PLACES, dtype=torch.int64, value=NOBODY)
-        self.parts, self.tops = room(5, rows, PLACES), room(rows, PLACES, GROUPS)
-        self.keys, self.found = room(rows, vocab), room(rows, 2, FEW)
-        self.kept = room(rows, HISTORY + BIASES)
+        self.parts, self.tops = room(2, 5, rows, PLACES), room(rows, PLACES, self.chunk // GROUP)
+        self.listed, self.kept = room(rows, FEW, dtype=torch.int32), room(rows, HISTORY + BIASES)
         self.told = room(2, rows, dtype=torch.int64)
+        self._busy = set[int]()
 
     def install(
         self, seats: Sequence[int], drawings: Sequence[Drawing], histories: Sequence[Sequence[int]],
         positions: Sequence[int],
     ) -> None:  # fmt: skip
-        """From now on these seats draw so. `histories[i]`: the tokens before position `positions[i]`, newest last."""
+        """From now on these seats choose so. `histories[i]`: the tokens before position `positions[i]`, newest last."""
+        for seat, drawing in zip(seats, drawings, strict=True):
+            (self._busy.discard if drawing.is_plain else self._busy.add)(seat)
         with on(self.device):
             places = self._sent(torch.tensor(seats))
             self.reals.index_copy_(0, places, self._sent(torch.tensor([each.reals for each in drawings])))
@@ -107,6 +118,18 @@ class Draws:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
+    def are_plain(self, seats: Iterable[int]) -> bool:
+        """Whether all of these take the likeliest token of the logits as they are."""
+        return self._busy.isdisjoint(seats)
+
+    def launch_best(self, control: Int[Tensor, "3 rows"], best: Tensor, pdl: int = 0) -> None:
+        """As `launch`, for seats that are plain."""
+        ids, rows, positions = control
+        with on(self.device):
+            choose_best[(control.shape[1],)](
+                best, ids, rows, positions, self.newest, self.told, PLACES=PLACES, num_warps=1, **chained(pdl)
+            )
+
     def launch(
         self, logits: Float[Tensor, "more vocab"], control: Int[Tensor, "3 rows"], best: Tensor | None, pdl: int = 0
     ) -> None:
@@ -115,25 +138,23 @@ class Draws:
         `best` `[rows, PLACES]` are the packed best of the logits, if they are known; it is emptied.
         """
         ids, rows, positions = control
-        count, chunks = control.shape[1], -(-self.vocab // self.chunk)
-        where, tables = (rows, positions), (self.reals, self.wholes)
+        grid = (control.shape[1], -(-self.vocab // self.chunk))
+        where, vocab, known = (rows, positions, self.reals, self.wholes), self.vocab, best is not None
         shape = {"CHUNK": self.chunk, "PLACES": PLACES, **chained(pdl)}
-        known, vocab = best is not None, self.vocab
-        kept = {"HISTORY": HISTORY, "BIASES": BIASES}
+        kept, found = {"HISTORY": HISTORY, "BIASES": BIASES}, (logits, *where, self.measured, self.parts, vocab)
         with on(self.device):
-            penalise[(count,)](
-                logits, ids, *where, *tables, self.recent, self.biased, self.bias, self.kept, vocab, **kept,
-                **chained(pdl),
-            )  # fmt: skip
-            measure[(count, chunks)](
-                logits, *where, *tables, self.measured, self.tops, vocab, KNOWN=known, GROUPS=GROUPS, **shape
+            penalise[grid[:1]](
+                logits, ids, *where, self.recent, self.biased, self.bias, self.kept, vocab, **kept, **chained(pdl)
             )
-            race[(count, chunks)](logits, *where, *tables, self.measured, self.parts, self.keys, vocab, **shape)
-            verify[(count, chunks)](logits, *where, *tables, self.measured, self.parts, vocab, **shape)
-            choose[(count,)](
-                self.measured if best is None else best, logits, ids, *where, *tables, self.recent, self.biased,
-                self.kept, self.measured, self.parts, self.keys, self.found, self.tops, self.newest, self.told, vocab,
-                KNOWN=known, GROUPS=GROUPS, BLOCK=8192, FEW=FEW, num_warps=8, **kept, **shape,
+            measure[grid](logits, *where, self.measured, self.tops, vocab, KNOWN=known, GROUP=GROUP, **shape)
+            race[grid](*found, FEW=FEW, **shape)
+            verify[grid](*found, SECOND=False, FEW=FEW, **shape)
+            race_again[grid](*found, FEW=FEW, **shape)
+            verify[grid](*found, SECOND=True, FEW=FEW, **shape)
+            choose[grid[:1]](
+                self.measured if best is None else best, logits, ids, *where, self.recent, self.biased, self.kept,
+                self.measured, self.parts, self.tops, self.listed, self.newest, self.told, vocab, KNOWN=known,
+                GROUP=GROUP, BLOCK=8192, FEW=FEW, num_warps=16, **kept, **shape,
             )  # fmt: skip
 
 
