@@ -59,13 +59,11 @@ class Engine:
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, self._ground.pace(chunk), parks=self._ground.pool is not None)
         self._size = slots if steady else 0
-        self._flights = Flights(self._ground)
-        self._aboard: set[Request] = set()
-        self._cancelled: set[Request] = set()
         self._requests: dict[int, Request] = {}
         self._numbers = count(1)
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
+        self._flights = Flights(self._ground, self._lock, self._take_in, partial(self._end, finish="cancelled"))
         self._places = Places(self._scheduler, self._lock, self.dismiss)
         self._worker = Worker(self.step, self._on_fault)
 
@@ -131,11 +129,8 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        with self._lock:
-            if request in self._aboard:
-                self._cancelled.add(request)  # a step reads its token already: it ends once that is handed out
-            else:
-                self._end(request, "cancelled")
+        if not self._flights.put_off(request):
+            self._end(request, "cancelled")
         self.wake()
 
     @property
@@ -165,7 +160,7 @@ class Engine:
         with self.between_steps():
             turn = self._schedule()
             if turn.reads or not turn.writers:
-                self._land(leave=0)
+                self._flights.land()
             for number, tokens in turn.reads:
                 self._read(number, tokens)
             self._write(turn.writers)
@@ -231,53 +226,23 @@ class Engine:
             row = request.stream.row
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
-        if rows and self._flights.can_take(rows) and self._fly(rows):
+        if rows and self._flights.can_take(rows) and self._flights.fly(rows, self._size):
             return
-        self._land(leave=0)
-        rows = {request: row for request, row in rows.items() if request.finish is None}
-        self._predict({request: row for request, row in rows.items() if row.logits is None})
+        self._flights.land()
+        self._predict({each: row for each, row in rows.items() if row.logits is None and each.finish is None})
         answers = {each: each.answer for each in rows if each.answer is not None and each.finish is None}
         chosen = choices([(rows[request], answer) for request, answer in answers.items()])
-        for number, request in enumerate(answers):
-            self._choose(request, rows[request], partial(chosen.of, number))
-
-    def _fly(self, rows: dict[Request, Row]) -> bool:
-        """Launch a captured step, and hand out what the one before has chosen. False where it could not be launched."""
-        with self._lock:
-            rows = {request: row for request, row in rows.items() if request.finish is None}
-            self._aboard = set(rows)
-        try:
-            launched = self._flights.launch(rows, self._size)
-            self._land(leave=1 if launched else 0)
-            return True
-        except Exception:
-            if len(self._flights) > 1:
-                raise
-            return False  # nothing has begun: the ordinary way finds out whose fault it is
-        finally:
-            with self._lock:
-                self._aboard.clear()
-                while self._cancelled:
-                    self._end(self._cancelled.pop(), "cancelled")
-
-    def _land(self, leave: int) -> None:
-        """Wait for flights and hand out what they chose, but for so many of the newest."""
-        while len(self._flights) > leave:
-            for each, token in self._flights.oldest.landing():
-                self._take_in(each, token)
-            self._flights.land()
+        for number, (request, answer) in enumerate(answers.items()):
+            if request.finish is None:  # or it was cancelled while its logits were made; those then stay
+                self._choose(request, rows[request], answer, partial(chosen.of, number))
 
     def _take_in(self, each: Aboard, token: int | None) -> None:
-        """The token that a flight chose for one row, if the stream still stands where it began."""
-        request, row = each.request, each.row
-        unwanted = request.finish is not None and not self._flights.builds_on(each)
-        if unwanted or row.history.seen != each.place:
-            return
+        """The token that a flight chose for one row."""
         if token is None:
-            self._fail(request, no_choice(self._ground.loaded.model.dtype))
-            return
-        row.note_read(each.place)
-        self._accept(request, row, each.answer, lambda: token)
+            self._fail(each.request, no_choice(self._ground.loaded.model.dtype))
+        else:
+            each.row.note_read(each.place)
+            self._choose(each.request, each.row, each.answer, lambda: token)
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -302,24 +267,19 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row, chosen: Callable[[], int]) -> None:
-        """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
-        if request.finish is None and request.answer is not None:
-            self._accept(request, row, request.answer, chosen)
-
-    def _accept(self, request: Request, row: Row, answer: Answer, chosen: Callable[[], int]) -> None:
+    def _choose(self, request: Request, row: Row, answer: Answer, chosen: Callable[[], int]) -> None:
+        """The next token of one answer."""
         try:
             piece = row.take(answer, chosen())
         except Exception as error:
             self._fail(request, error)
-            return
-        request.tokens += 1
-        self._hand_out(request, piece)
+        else:
+            request.tokens += 1
+            self._hand_out(request, piece)
 
     def _hand_out(self, request: Request, piece: str) -> None:
-        if request.finish is not None:
-            return  # nobody reads beyond the end
-        request.put(piece)
+        if request.finish is None:  # nobody reads beyond the end
+            request.put(piece)
         if request.answer is not None and request.answer.finish is not None:
             self._end(request, request.answer.finish)
 
@@ -362,7 +322,7 @@ class Engine:
         One flight may be under way: every row stands behind the token that it reads.
         """
         with self._places.between_steps():
-            self._land(leave=1)  # more are there only if a step was broken off
+            self._flights.land(leave=1)  # more are there only if a step was broken off
             yield
 
     def row_of(self, stream: Stream) -> Row:

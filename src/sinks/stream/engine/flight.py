@@ -13,9 +13,11 @@ any more. Two such tokens would be one too many, so a row flies on an unread tok
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -50,24 +52,64 @@ class Flight:
 
 
 class Flights:
-    """The steps under way, oldest first, of streams that sit in one pool."""
+    """The steps under way, oldest first, of streams that sit in one pool.
 
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
+    `lock` guards the requests, as in `Engine`; `accept` takes a token that was chosen for a row, None where there was
+    none; `cancel` ends a request that was cancelled while it could not be.
+    """
+
+    def __init__(
+        self,
+        ground: Ground,
+        lock: AbstractContextManager[Any],
+        accept: Callable[[Aboard, int | None], None],
+        cancel: Callable[[Request], None],
+    ) -> None:
+        self._ground, self._lock, self._accept, self._cancel = ground, lock, accept, cancel
         self._under_way: deque[Flight] = deque()
         self._step: DeviceStep | None = None
         self._installed: dict[int, tuple[Sampler, int]] = {}  # by seat: who draws there, and the place it is at
+        self._busy: set[Request] = set()
+        self._cancelled: set[Request] = set()
 
     def __len__(self) -> int:
         return len(self._under_way)
 
-    @property
-    def oldest(self) -> Flight:
-        """The flight that is to be landed next."""
-        return self._under_way[0]
+    def put_off(self, request: Request) -> bool:
+        """Whether this request is cancelled a little later, since a step builds on its token: once that is said."""
+        with self._lock:
+            if request in self._busy:
+                self._cancelled.add(request)
+            return request in self._busy
 
-    def land(self) -> None:
-        """The oldest flight is over."""
+    def fly(self, rows: Mapping[Request, Row], size: int) -> bool:
+        """Launch a step, and hand out what the one before has chosen. False where it could not be launched."""
+        with self._lock:
+            rows = {request: row for request, row in rows.items() if request.finish is None}
+            self._busy = set(rows)
+        try:
+            self.land(leave=1 if self.launch(rows, size) else 0)
+            return True
+        except Exception:
+            if len(self) > 1:
+                raise
+            return False  # nothing has begun: the ordinary way finds out whose fault it is
+        finally:
+            with self._lock:
+                self._busy.clear()
+                while self._cancelled:
+                    self._cancel(self._cancelled.pop())
+
+    def land(self, leave: int = 0) -> None:
+        """Wait for flights and hand out what they chose, but for so many of the newest."""
+        while len(self) > leave:
+            for each, token in self._under_way[0].landing():
+                unwanted = each.request.finish is not None and not self._is_built_on(each)
+                if not unwanted and each.row.history.seen == each.place:  # else it was landed before a breaking off
+                    self._accept(each, token)
+            self._over()
+
+    def _over(self) -> None:
         self._under_way.popleft()
 
     def drop(self) -> None:
@@ -75,8 +117,8 @@ class Flights:
         while self._under_way:
             self._under_way.popleft().told.wait()
 
-    def builds_on(self, each: Aboard) -> bool:
-        """Whether a later flight has read the token of this one."""
+    def _is_built_on(self, each: Aboard) -> bool:
+        """Whether a later flight has read the token that this one chose."""
         later = islice(self._under_way, 1, None)
         return any(other.request is each.request for flight in later for other in flight.aboard)
 

@@ -95,7 +95,7 @@ class Told:
         if told.device.type == "cuda":
             self._held = torch.empty(told.shape, dtype=told.dtype, pin_memory=True).copy_(told, non_blocking=True)
             self._landed = torch.cuda.Event()
-            self._landed.record()
+            self._landed.record(torch.cuda.current_stream(told.device))
         else:
             self._held = told.clone()
 
