@@ -9,7 +9,7 @@ import pytest
 
 from sinks.cli import main as cli
 from sinks.evals.speed.gpu import bench, clock
-from sinks.evals.speed.gpu.bench import GpuBench, Measured
+from sinks.evals.speed.gpu.bench import GpuBench, Keep, Measured
 from sinks.evals.speed.gpu.decode import Decoded
 from sinks.report import gpu_speed
 from tests.kernels.interpreted import HAS_GPU
@@ -26,9 +26,15 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[GpuBench]:
     """Pretend a GPU; what was asked of it."""
     asked: list[GpuBench] = []
 
-    def measure(settings: GpuBench, stage: object) -> Measured:
+    def measure(settings: GpuBench, stage: object, keep: Keep) -> Measured:
         asked.append(settings)
-        return Measured(4.2, 750.0, decoded=[Decoded("a shape", 1, 1020, "sinks", (1.0,), 2_000.0)], absent=["x: y"])
+        found = Measured(4.2, 750.0, decoded=[Decoded("a shape", 1, 1020, "sinks", (1.0,), 2_000.0)])
+        keep(found)
+        if settings.parts == ("attention",):  # stands for somebody who has waited enough
+            raise KeyboardInterrupt
+        found.absent, found.whole = ["x: y"], True
+        keep(found)
+        return found
 
     monkeypatch.setattr(clock, "need_gpu", lambda what: None)
     monkeypatch.setattr(bench, "measure", measure)
@@ -57,8 +63,15 @@ def test_what_is_measured_is_written_and_shown(
     assert measured[0].parts == ("decode",) and measured[0].models == bench.QUICK.models
     told = json.loads((tmp_path / "gpu.json").read_text())
     assert told["decode"][0]["tokens_per_second"] == 1000.0 and told["absent"] == ["x: y"]
+    assert told["whole"]
     shown = capsys.readouterr()
     assert "A GPU" in shown.out and "1,000" in shown.out and "x: y" in shown.out and shown.err == ""
+
+
+def test_a_bench_that_is_stopped_leaves_what_it_has_found(measured: list[GpuBench], tmp_path: Path):
+    assert cli.main(["bench", "gpu", "--only", "attention", "--json", "gpu.json"]) == 130
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert told["decode"][0]["tokens_per_second"] == 1000.0 and not told["whole"]
 
 
 def test_a_file_that_cannot_be_written_is_found_out_first(measured: list[GpuBench], tmp_path: Path):

@@ -66,13 +66,13 @@ class SinkCache(Cache):
         self._broken = False
         self._seats: Seats | None = None
         self.seat: Seat | None = None
-        self.landing: torch.cuda.Event | None = None
+        self.landing: tuple[torch.cuda.Event, ...] = ()
 
     seat: Seat | None
     """Where it sits in a `Pool`; None: its memory is its own."""
 
-    landing: torch.cuda.Event | None
-    """When what it holds has arrived, if it is on its way: see `Pool.away`."""
+    landing: tuple[torch.cuda.Event, ...]
+    """When what it holds has arrived from each GPU that it is on its way from: see `pool.away`."""
 
     @classmethod
     def for_model(
@@ -337,9 +337,9 @@ class SinkCache(Cache):
         """All that this cache holds, by name: its own tensors, not copies. It has keys and values only once fed."""
         if self._broken or self._arrival is not None:
             raise BrokenCache("an earlier forward pass failed half-way: this cache holds no moment of the stream")
-        if self.landing is not None:
-            self.landing.synchronize()
-            self.landing = None
+        for arrived in self.landing:
+            arrived.synchronize()
+        self.landing = ()
         fed = [ring.columns_fed for ring in self.rings]
         offsets = [-1 if offset is None else offset for offset in self._offsets]
         counts = {"seen": self._seen, "offsets": offsets, "columns": fed}
@@ -372,7 +372,7 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Forget the stream and give its memory back, but for a seat; the cache can be used again."""
         self._seen, self._offsets, self._arrival, self._broken = [], [], None, False
-        self._seats = self.landing = None
+        self._seats, self.landing = None, ()
         for ring in self.rings:
             ring.reset()
 

@@ -115,7 +115,7 @@ class Pool:
 def away(cache: SinkCache) -> SinkCache:
     """The same moment in memory of the host. Where `cache` has a seat, that is free afterwards; it is used up.
 
-    From a GPU it is pinned memory, which fills in the order of the current stream while the caller goes on; whoever
+    From a GPU it is pinned memory, which fills in the order of its current stream while the caller goes on; whoever
     looks into the copy waits.
     """
     kept, held = cache.twin(), cache.dump()
@@ -123,11 +123,16 @@ def away(cache: SinkCache) -> SinkCache:
     if cache.seat is None and not devices:
         return cache
     kept.adopt({name: _on_host(part) for name, part in held.items()})
-    if devices:
-        kept.landing = torch.cuda.Event()
-        kept.landing.record(torch.cuda.current_stream(next(iter(devices))))
+    kept.landing = tuple(_now(device) for device in devices)
     cache.leave()
     return kept
+
+
+def _now(device: torch.device) -> torch.cuda.Event:
+    """Happens when `device` has done what its current stream was asked so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _on_host(part: Tensor) -> Tensor:

@@ -84,13 +84,13 @@ def gpu(
     """What this GPU does: tokens a second against its ceiling and transformers, attention against FlexAttention.
 
     Random weights in known shapes, and the built-in model where it can be had. The ceilings are measured in the same
-    run; who could not take part, and why, is said at the end.
+    run; who could not take part, and why, is said at the end. The file of --json grows as the bench goes on.
     """
     from dataclasses import replace
 
     from rich.console import Console
 
-    from sinks.evals.speed.gpu.bench import QUICK, GpuBench, measure
+    from sinks.evals.speed.gpu.bench import QUICK, GpuBench, Measured, measure
     from sinks.evals.speed.gpu.clock import need_gpu
     from sinks.report.document import to_json
     from sinks.report.files import results_folder, write_together
@@ -101,9 +101,12 @@ def gpu(
         settings = replace(settings, parts=(only,))
     need_gpu("bench gpu")
     with results_folder(Path() if json is None else json.parent) as folder, progress_bars() as stage:
-        found = measure(settings, stage)
-        if json is not None:
-            write_together(folder, {json.name: to_json(gpu_document(settings, found)).encode()})
+
+        def keep(found: Measured) -> None:
+            if json is not None:
+                write_together(folder, {json.name: to_json(gpu_document(settings, found)).encode()})
+
+        found = measure(settings, stage, keep)
     console = Console()
     if not console.is_terminal:
         console.width = WIDE

@@ -6,6 +6,7 @@ block is gone. Lenses are plain records of functions, so they are stacked by put
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,6 +49,7 @@ class Sight:
 
     `scores` are what the softmax was given, -inf where a query does not see a key. `weights` are its result after
     every lens that bends it; they sum to one, less what sink logits took (`logit_mass`). Rows of pads mean nothing.
+    They are there for as long as a lens sees them, and another block is written over them then.
     Before column `open` every query sees every key; `visible` is how many each sees in all.
     `query`, `key` and `value` are the heads that met, turned; a sink's score was made with another angle of the query.
     """
@@ -149,12 +151,30 @@ class Lens:
         return any(change is not None for change in changes) or (self.see is not None and self.sum_up is None)
 
 
+class Room:
+    """Where the blocks of one layer write their scores and weights, each over those of the last.
+
+    Fresh results make a CPU's heap fetch its pages anew for every block: a tenth of a scan of 8,192 tokens.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def of(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers of this name, of any value, in `shape`."""
+        count, held = math.prod(shape), self._held.get(name)
+        if held is None or len(held) < count:
+            held = self._held[name] = like.new_empty(count)
+        return held[:count].view(*shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Look:
-    """A block, and the lenses that are on it."""
+    """A block, the lenses that are on it, and where it is written (None: anew)."""
 
     view: View
     lenses: Sequence[Lens]
+    room: Room | None = None
 
 
 ADDED = -2

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinks.kernels.lens import ADDED, Arrival, Lens, Look, Sight, View
+from sinks.kernels.lens import ADDED, Arrival, Lens, Look, Room, Sight, View
 from sinks.kernels.phase import table_dtype
 from sinks.kernels.scoring import Scoring
 
@@ -21,7 +21,13 @@ ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 def scores_of(
-    recent_query: Tensor, sink_query: Tensor, keys: Tensor, sinks: int, bias: Tensor | None, scoring: Scoring
+    recent_query: Tensor,
+    sink_query: Tensor,
+    keys: Tensor,
+    sinks: int,
+    bias: Tensor | None,
+    scoring: Scoring,
+    room: Room | None = None,
 ) -> Float[Tensor, "batch heads queries keys"]:
     """Scores of one block: scaled, capped, biased. The first `sinks` keys are met by `sink_query`.
 
@@ -29,7 +35,9 @@ def scores_of(
     """
     batch, heads, queries, _ = recent_query.shape
     transposed = keys.transpose(-1, -2)
-    scores = grouped(recent_query * scoring.scale, keys) @ transposed
+    asking = grouped(recent_query * scoring.scale, keys)
+    into = None if room is None else room.of("scores", (*asking.shape[:-1], keys.shape[2]), asking)
+    scores = torch.matmul(asking, transposed, out=into)
     if sinks and sink_query is not recent_query:
         scores[..., :sinks] = grouped(sink_query * scoring.scale, keys) @ transposed[..., :sinks]
     scores = scores.view(batch, heads, queries, -1)
@@ -42,11 +50,14 @@ def scores_of(
 
 
 def weights_of(
-    scores: Float[Tensor, "batch heads queries keys"], sink_logits: Float[Tensor, " heads"] | None
+    scores: Float[Tensor, "batch heads queries keys"],
+    sink_logits: Float[Tensor, " heads"] | None,
+    room: Room | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax over keys, and the share `[batch, heads, queries]` that the sink logits took of it (None: none)."""
     if sink_logits is None:
-        return torch.softmax(scores, dim=-1), None
+        into = None if room is None else room.of("weights", scores.shape, scores)
+        return torch.softmax(scores, dim=-1, out=into), None
     logits = sink_logits.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat((scores, logits), dim=-1), dim=-1)
     return weights[..., :-1], weights[..., -1]
@@ -68,7 +79,10 @@ def attend_through(
     scoring: Scoring,
     look: Look,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """What `chunked.attend_block` returns, seen and bent by lenses; a few heads at a time, at least in float32."""
+    """What `chunked.attend_block` returns, seen and bent by lenses; a few heads at a time, at least in float32.
+
+    With room in `look`, which knows no gradient, the next heads' scores and weights are written over these.
+    """
     wide, lenses = table_dtype(recent_query.dtype), look.lenses
     keys, values, bias, view = _with_added(keys.to(wide), values.to(wide), bias, look)
     visible, opened = _sight_of(bias, keys)
@@ -82,8 +96,8 @@ def attend_through(
         query = recent_query[:, part].to(wide)
         turned = query if sink_query is recent_query else sink_query[:, part].to(wide)
         some = scoring.of_heads(heads)
-        scores = scores_of(query, turned, keys[:, kv], sinks, _of_heads(bias, part), some)
-        made, bent, hidden = _bend(scores, some, lenses, few)
+        scores = scores_of(query, turned, keys[:, kv], sinks, _of_heads(bias, part), some, look.room)
+        made, bent, hidden = _bend(scores, some, look, few)
         shared = visible if visible.shape[1] == 1 else visible[:, part]
         reach = (0, (made[0] > -torch.inf).sum(dim=-1)) if hidden else (opened, shared)
         sight = Sight(few, *made, bent, *reach, query, keys[:, kv], values[:, kv])
@@ -96,17 +110,17 @@ def attend_through(
 
 
 def _bend(
-    scores: Tensor, scoring: Scoring, lenses: Sequence[Lens], view: View
+    scores: Tensor, scoring: Scoring, look: Look, view: View
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], bool, bool]:
     """(scores, weights, share of the sink logits); whether the weights are no longer the scores' softmax; whether the
     scores are no longer the model's.
     """
     bent = hidden = False
-    for lens in lenses:
+    for lens in look.lenses:
         if lens.bend_scores is not None:
             scores, hidden = lens.bend_scores(view, scores), True
-    weights, logit_mass = weights_of(scores, scoring.sink_logits)
-    for lens in lenses:
+    weights, logit_mass = weights_of(scores, scoring.sink_logits, look.room)
+    for lens in look.lenses:
         if lens.bend_weights is not None:
             weights, bent = lens.bend_weights(view, weights), True
     return (scores, weights, logit_mass), bent, hidden
@@ -215,6 +229,7 @@ def attend_dense(
         if lens.arrive is not None:
             lens.arrive(Arrival(layer, meeting.queries, query, key[:, :, new], value[:, :, new]))
     rows = _rows(query, key)
+    room = None if torch.is_grad_enabled() else Room()
     # Results written in place, and causal blocks longest first: each block then fits the room that the last one left in
     # the heap. Shortest first, every block asks for new room: 573 MB instead of 340 at 8,192 tokens over 30 layers.
     whole = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -228,7 +243,7 @@ def attend_dense(
         hidden = ~(seen | ~seen.any(dim=-1, keepdim=True))
         bias = torch.zeros_like(hidden, dtype=table_dtype(query.dtype)).masked_fill_(hidden, -torch.inf)
         here = (meeting.queries[:, begin:end], meeting.keys[:, reach])
-        look = Look(View(layer, range(heads), heads // kv_heads, *here), lenses)
+        look = Look(View(layer, range(heads), heads // kv_heads, *here), lenses, room)
         part = query[:, :, begin:end]
         whole[:, :, begin:end] = attend_through(
             part, part, key[:, :, reach], value[:, :, reach], sinks=0, bias=bias, scoring=scoring, look=look

@@ -38,6 +38,7 @@ def gpu_document(bench: GpuBench, found: Measured) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": now(),
+        "whole": found.whole,
         "machine": machine(),
         "settings": asdict(bench),
         "definitions": DEFINITIONS,

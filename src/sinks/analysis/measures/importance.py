@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinks.errors import InvalidInput
@@ -44,7 +44,7 @@ class Importance:
         """Add one block."""
         view, keys = sight.view, sight.view.keys[0]
         real = keys >= 0  # a key that a lens has added is nobody's token
-        kept = real & (keys < self.kept)
+        kept = _columns(real & (keys < self.kept))
         received = sight.received()[..., kept]  # summed in the model's own precision: half the memory on long texts
         on_sink = self._later(sight, torch.tensor([self.sink]), self.sink + 1)
         on_four = self._later(sight, torch.arange(FEW), FEW)
@@ -55,10 +55,9 @@ class Importance:
             self._on_sink[place] = self._on_sink.get(place, 0) + on_sink[:, index]
             self._on_four[place] = self._on_four.get(place, 0) + on_four[:, index]
         if view.heads.start == 0 and not self._batches:  # who sees whom is the same for every head and text
-            visible = (sight.scores[0, 0][:, real] > -torch.inf).double()
-            for sums, share in ((self._seen, visible), (self._floor, visible / visible.sum(dim=-1, keepdim=True))):
-                total = sums.setdefault(view.layer, visible.new_zeros(self.kept))
-                total.index_add_(0, keys[kept], share[:, kept[real]].sum(dim=0))
+            for sums, more in zip((self._seen, self._floor), _seen_of(sight, real), strict=True):
+                total = sums.setdefault(view.layer, more.new_zeros(self.kept))
+                total.index_add_(0, keys[kept], more[kept])
 
     def _later(self, sight: Sight, keys: Tensor, first: int) -> Float[Tensor, "batch heads"]:
         """Weight on `keys` together, summed over the queries from position `first` on."""
@@ -122,6 +121,20 @@ class Importance:
     def four_mass(self) -> Float[np.ndarray, "texts layers heads"]:
         """Mean attention on the first four keys together, over the queries after them."""
         return np.concatenate([batch[2] for batch in self._batches]) / (self.tokens - FEW)
+
+
+def _columns(wanted: Bool[Tensor, " keys"]) -> slice | Bool[Tensor, " keys"]:
+    """Where they are the first ones, as a slice: what it picks is not copied."""
+    count = int(wanted.sum())
+    return slice(count) if bool(wanted[:count].all()) else wanted
+
+
+def _seen_of(sight: Sight, real: Bool[Tensor, " keys"]) -> tuple[Float[Tensor, " keys"], Float[Tensor, " keys"]]:
+    """How many queries see each key, and what it would receive of queries that attend uniformly to `real` keys."""
+    late = (sight.scores[0, 0, :, sight.open :] > -torch.inf).double()
+    share = 1 / (real[: sight.open].sum() + late @ real[sight.open :].double())
+    early = late.new_ones(sight.open)
+    return torch.cat((early * len(share), late.sum(dim=0))), torch.cat((early * share.sum(), share @ late))
 
 
 def _filled(sums: Float[Tensor, "*places some"], count: int) -> Float[Tensor, "*places count"]:

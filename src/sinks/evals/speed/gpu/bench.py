@@ -77,21 +77,32 @@ class Measured:
     attended: list[Attended] = field(default_factory=list)
     statistics: list[Statistics] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    whole: bool = False
+    """Whether that is all, and not what was found so far."""
 
 
-def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
-    """Measure what `bench` says on the GPU of this process. Raises InvalidInput where there is none."""
+Keep = Callable[[Measured], object]
+"""What to do with what was found so far: a bench takes minutes, and may be stopped."""
+
+
+def measure(bench: GpuBench, stage: Stage = unwatched, keep: Keep = lambda found: None) -> Measured:
+    """Measure what `bench` says on the GPU of this process; `keep` sees it grow, a model or a text at a time.
+
+    Raises InvalidInput where there is no GPU.
+    """
     need_gpu("bench gpu")
     found = Measured(copy_rate(), product_rate())
     if "decode" in bench.parts:
         for candidate in candidates(bench, found.absent):
             _decode(candidate, bench, found, stage)
             _clear()
+            keep(found)
     if "attention" in bench.parts:
         listen = stage("attention", len(bench.texts) + len(bench.watched))
         for text in bench.texts:
             found.attended += attended(text, bench.rounds, found.absent)
             _clear()
+            keep(found)
             listen(1)
         for text in bench.watched:
             try:
@@ -100,7 +111,8 @@ def measure(bench: GpuBench, stage: Stage = unwatched) -> Measured:
                 found.absent.append(f"statistics at {text.tokens:,} tokens: {error}")
             _clear()
             listen(1)
-    found.absent = list(dict.fromkeys(found.absent))
+    found.absent, found.whole = list(dict.fromkeys(found.absent)), True
+    keep(found)
     return found
 
 
@@ -189,4 +201,3 @@ def _ready(case: str, everybody: Iterable[Entrant], absent: list[str]) -> dict[s
 def _clear() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-

@@ -212,9 +212,7 @@ def random_seats(model: PreTrainedModel, plan: Plan, rows: int) -> Seats:
     )
 
 
-def entrants(
-    model: PreTrainedModel, ours: Sequence[Packed], plan: Plan, rows: int, steps: int
-) -> Iterator[Entrant]:
+def entrants(model: PreTrainedModel, ours: Sequence[Packed], plan: Plan, rows: int, steps: int) -> Iterator[Entrant]:
     """Everybody by name, and how to bring them to the start; a burst is `steps`, but for those that a host drives."""
     rings = ring_bytes(model, plan, rows)
     for one in ours:
@@ -232,9 +230,7 @@ def _ours(one: Packed, case: tuple[Plan, int], steps: int, read: int) -> Writer:
     return Writer(Seated(one, *case).run, steps, read)
 
 
-def decode(
-    name: str, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int
-) -> list[Decoded]:
+def decode(name: str, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int) -> list[Decoded]:
     """Let the writers take turns; `case` is the plan and the rows, `rate` the copy rate of this run in TB/s."""
     plan, rows = case
     times = bursts({who: (each.run, each.burst) for who, each in writers.items()}, rounds)
