@@ -18,7 +18,7 @@ from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 pytestmark = needs_triton
 
 VOCABULARIES = (49_152, 128_256, 262_144) if HAS_GPU else (40, 300, 5000)
-TRIALS = 40 if HAS_GPU else 5
+TRIALS = 12 if HAS_GPU else 5
 
 
 def drawing(sampling: Sampling) -> Drawing:

@@ -5,7 +5,9 @@ On a CPU the captured step's kernels run one by one under Triton's interpreter, 
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -264,3 +266,20 @@ def test_cancelling_from_another_thread_at_any_moment(loaded: Loaded) -> None:
             with together.between_steps():
                 assert (said, stream.seen) == (session_said, 30 + tokens if stream.seen else 0)
             stream.leave()
+
+
+def test_a_closed_engine_lets_its_graphs_go_at_once(plain: Loaded) -> None:
+    """Not when garbage is collected, which may be while other graphs are recorded."""
+    model = hasten(attach(small()))
+    model.forward.device = steps = DeviceModel(model)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "takes_seats", lambda _: True)
+        own = engine(replace(plain, model=model), 1)
+        gc.disable()
+        try:
+            own.submit(IDS[:5], max_tokens=3).text()
+            (step,) = map(weakref.ref, steps._steps.values())
+            own.close()
+            assert step() is None
+        finally:
+            gc.enable()

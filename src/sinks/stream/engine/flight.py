@@ -113,9 +113,10 @@ class Flights:
         self._under_way.popleft()
 
     def drop(self) -> None:
-        """Forget all flights, once the GPU is done with them."""
+        """Forget all flights, once the GPU is done with them, and the step, whose graphs go with its seats."""
         while self._under_way:
             self._under_way.popleft().told.wait()
+        self._step, self._installed = None, {}
 
     def _is_built_on(self, each: Aboard) -> bool:
         """Whether a later flight has read the token that this one chose."""

@@ -6,6 +6,7 @@ stays there, so that the next step can begin before the host has read it.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -264,6 +265,7 @@ class _Program:
             with torch.cuda.stream(side):
                 self._launch(plain)
             torch.cuda.current_stream().wait_stream(side)
+            gc.collect()  # a graph that is let go while another is recorded would spoil it
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads ask of the GPU meanwhile is their own affair

@@ -25,8 +25,10 @@ BIASES = 512
 """Tokens that may be biased."""
 
 CHUNK = 4096
+"""Logits of a program, or more where a vocabulary has too many."""
+
 GROUP = 64
-"""Logits side by side of which the largest is known."""
+"""Logits side by side, of which the largest is known to a row that has a top-k."""
 
 FEW = 128
 """A top-k up to this is found in so many groups at most, which fit into registers."""
@@ -41,8 +43,7 @@ REALS, WHOLES = 8, 8
 class Drawing:
     """How one stream's next tokens are chosen, as `Sampling` of sinks.stream says it; temperature 0: the likeliest.
 
-    `top_k` 0 keeps all. `lookback` newest tokens are penalised, `history` are those of them that are read by now, the
-    newest last, which is not among them where it is still to be fed.
+    `top_k` 0 keeps all; the two penalties look at the `lookback` newest tokens.
     """
 
     temperature: float = 0.0
