@@ -1,8 +1,9 @@
 """The window through flash-attn-4 (an optional package; Hopper and newer), the sinks through a kernel of ours.
 
-Its plain window is the fastest there is, and knows no sinks. Merging by log-sum-exp costs one pass over the result.
-Backward needs no merge: given the result and the log-sum-exp of the *whole* softmax, its formulas give the window's
-share of the gradient, because a weight is exp(score - log-sum-exp) whichever columns are asked for.
+Its plain window is the fastest there is, and knows no sinks. They are merged by log-sum-exp: inside its kernel where
+`inside` can, elsewhere in a pass over the result of our own. Backward needs no merge: given the result and the
+log-sum-exp of the *whole* softmax, its formulas give the window's share of the gradient, because a weight is
+exp(score - log-sum-exp) whichever columns are asked for.
 
 Queries whose window still covers a sink stand at their true distance from it under both angles, so it is left in the
 window there and left out of the sinks' columns: no key is counted twice, and none is masked.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from functools import cache
 from typing import Any
 
@@ -20,9 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sinks.errors import UnsupportedOption
+from sinks.kernels.band.inside import launch
 from sinks.kernels.device.forward import Band
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.sink_part import Finished
+from sinks.kernels.device.sink_part import Finished, merge_sinks
 
 
 @cache
@@ -45,6 +48,33 @@ def has_flash() -> bool:
         return importlib.util.find_spec("flash_attn") is not None and bool(_interface())
     except (ImportError, OSError, RuntimeError):
         return False
+
+
+def merges_inside(device: torch.device, band: Band) -> bool:
+    """Whether sinks are merged inside flash-attn-4's own kernel (`launch.why_not_inside` tells what is in the way)."""
+    return band.sinks > 0 and launch.why_not_inside(device) is None
+
+
+def whole_forward(
+    query: Float[Tensor, "tokens heads head_dim"],
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    value: Float[Tensor, "tokens kv_heads head_dim"],
+    scores: Float[Tensor, "heads tokens sinks"] | None,
+    logits: Float[Tensor, " heads"] | None,
+    rows: Rows,
+    band: Band,
+) -> tuple[
+    Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"], Float[Tensor, "heads tokens sinks"] | None
+]:
+    """Window, sinks and sink logits: result, log-sum-exp, scores of the sinks.
+
+    `scores` are `Turned.scores`; None where there are no sinks, or where nothing is turned and `merges_inside`.
+    """
+    if merges_inside(query.device, band):
+        return launch.whole_forward((query, key, value), scores, logits, rows, band)
+    out, log_sums = window_forward(query, key, value, rows, band)
+    merge_sinks(scores, value, logits, (out, log_sums), rows, band)
+    return out, log_sums, scores
 
 
 def window_forward(
@@ -92,8 +122,11 @@ def window_gradients(
     return query.view_as(done.query), key.view_as(done.key), value.view_as(done.value)
 
 
+@cache
 def _interface() -> Any:
-    return importlib.import_module("flash_attn.cute.interface")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # between flash-attn-4 and what it stands on
+        return importlib.import_module("flash_attn.cute.interface")
 
 
 def _cut(heads: tuple[Tensor, ...], rows: Rows) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from sinks.kernels.band import flash
 from sinks.kernels.device import backward
 from sinks.kernels.device.forward import Band, forward
 from sinks.kernels.device.rows import Rows
-from sinks.kernels.device.sink_part import Finished, merge_sinks, settle, sink_gradients
+from sinks.kernels.device.sink_part import Finished, settle, sink_gradients
 from sinks.kernels.device.turn import turn, turn_back
 from sinks.kernels.phase import Rotary
 
@@ -39,16 +39,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, plan: Plan) -> Tensor:
         rows, band = plan.rows, plan.band
-        turned = turn(query, key, rows, plan.rotary, band)
+        # Where nothing is turned, queries need no kernel of their own to meet the sinks: the window's does it too.
+        meets_inside = plan.walker == "flash" and plan.rotary is None and flash.merges_inside(query.device, band)
+        turned = turn(query, key, rows, plan.rotary, replace(band, sinks=0) if meets_inside else band)
+        scores = turned.scores
         if plan.walker == "flash":
-            out, log_sums = flash.window_forward(turned.query, turned.key, value, rows, band)
-            merge_sinks(turned.scores, value, logits, (out, log_sums), rows, band)
+            out, log_sums, scores = flash.whole_forward(turned.query, turned.key, value, scores, logits, rows, band)
         else:
-            out, figures = forward(turned.query, turned.key, value, turned.scores, logits, rows, band)
+            out, figures = forward(turned.query, turned.key, value, scores, logits, rows, band)
             log_sums = figures[0]
-        ctx.save_for_backward(
-            turned.sinks, query, turned.query, turned.key, value, turned.scores, logits, out, log_sums
-        )
+        ctx.save_for_backward(turned.sinks, query, turned.query, turned.key, value, scores, logits, out, log_sums)
         ctx.plan = plan
         return out
 
