@@ -2,11 +2,11 @@
 
     python benchmarks/gpu/engine.py --json benchmarks/results/engine-h200.json
 
-`streams`: tokens a second of an engine with so many streams, greedy or sampled with top-p, and of the bare step: the
-same rows through the model in a loop that does nothing else, whose next tokens stay on the device. They take turns;
-medians. `session`: the same for one session. `gap`: one stream writes while a long prompt is read; the longest time
-between two of its tokens, against the time of one chunk and of one step. `park`: milliseconds to put a stream away to
-the host, and to bring it back.
+`streams`: tokens a second of an engine with so many streams, greedy or sampled, of the bare step (the same rows in a
+graph that is replayed and asked nothing), and of the model called in a loop that does nothing else. They take turns;
+medians; `share` is of the bare step. `session`: the same for one session. `gap`: one stream writes while a long prompt
+is read; the longest time between two of its tokens, against the time of one chunk and of one step. `park`:
+milliseconds to put a stream away to the host, and to bring it back.
 """
 
 from __future__ import annotations
@@ -62,15 +62,31 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bare(loaded: Loaded, rows: int, read: int) -> Callable[[int], None]:
-    """Greedy steps of `rows` streams in a pool and nothing else: a call takes so many."""
-    model: Any = loaded.model
-    pool = Pool(model, rows)
+def seated(loaded: Loaded, rows: int, read: int) -> tuple[Pool, list[SinkCache]]:
+    """`rows` streams in a pool that have read so many tokens."""
+    pool, moment = Pool(loaded.model, rows), read_by_one(loaded, read)._cache.dump()
     caches = [pool.take() for _ in range(rows)]
-    newest = torch.ones(rows, 1, dtype=torch.int64, device="cuda")
-    moment = read_by_one(loaded, read)._cache.dump()
     for cache in caches:
         cache.adopt(moment)
+    return pool, caches
+
+
+def bare(loaded: Loaded, rows: int, read: int) -> Callable[[int], None]:
+    """Greedy steps of `rows` streams and nothing else, not even a question: a call takes so many."""
+    pool, caches = seated(loaded, rows, read)
+    forward: Any = loaded.model.forward
+    with torch.inference_mode():
+        step = forward.captured(pool.seats)
+    seats = [cache.seat.number for cache in caches if cache.seat is not None]
+    step([1] * rows, seats, [read] * rows)
+    return lambda count: (step.run(count), caches)[0]
+
+
+def called(loaded: Loaded, rows: int, read: int) -> Callable[[int], None]:
+    """The same through the model's own call, whose next tokens stay on the device."""
+    model: Any = loaded.model
+    _, caches = seated(loaded, rows, read)
+    newest = torch.ones(rows, 1, dtype=torch.int64, device="cuda")
 
     @torch.inference_mode()
     def steps(count: int) -> None:
@@ -112,15 +128,16 @@ def streams(
 ) -> dict[str, float]:
     """Tokens a second of the engine and of the bare step, in turn."""
     engine, alone = engine_of(loaded, rows, read, sampling), bare(loaded, rows, read)
-    works = [lambda: drained(engine, steps), lambda: alone(steps)]
+    asked = called(loaded, rows, read)
+    works = [lambda: drained(engine, steps), lambda: alone(steps), lambda: asked(steps)]
     for work in works:
         work()
     found = [[timed(work) for work in works] for _ in range(turns)]
     engine.close()
-    together, step = (statistics.median(column) / steps for column in zip(*found, strict=True))
+    together, step, call = (statistics.median(column) / steps for column in zip(*found, strict=True))
     return {
         "engine_tok_s": rows / together, "bare_tok_s": rows / step, "engine_ms": 1000 * together,
-        "bare_ms": 1000 * step, "share": step / together,
+        "bare_ms": 1000 * step, "called_ms": 1000 * call, "share": step / together,
     }  # fmt: skip
 
 
@@ -214,8 +231,13 @@ def main() -> None:
         f"streams_{rows}": lambda rows=rows: streams(loaded, rows, flags.read, flags.steps, flags.turns)
         for rows in flags.rows
     }
-    drawing = Sampling(temperature=0.8, top_p=0.95)
-    parts["streams_8_sampled"] = lambda: streams(loaded, 8, flags.read, flags.steps, flags.turns, drawing)
+    kinds = {"top_p": Sampling(0.8, top_p=0.95), "top_k_p": Sampling(0.8, top_k=50, top_p=0.95),
+             "penalised": Sampling(0.8, top_p=0.95, repetition_penalty=1.1)}  # fmt: skip
+    for kind, sampling in kinds.items():
+        for rows in {8, 64} & set(flags.rows):
+            parts[f"streams_{rows}_{kind}"] = lambda rows=rows, sampling=sampling: streams(
+                loaded, rows, flags.read, flags.steps, flags.turns, sampling
+            )
     parts["session"] = lambda: session(loaded, flags.read, flags.steps, flags.turns)
     parts["gap"] = lambda: gap(loaded, flags.prompt, flags.chunk)
     parts["park"] = lambda: park(loaded, flags.read, 9)

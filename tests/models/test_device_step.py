@@ -9,7 +9,8 @@ from sinks.cache.cache import SinkCache
 from sinks.errors import InvalidInput, UnsupportedModel
 from sinks.models.attach import attach
 from sinks.models.families import describe
-from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.device.choice.draws import Drawing
+from sinks.models.step.device.step import CHOSEN, DeviceModel
 from sinks.models.step.device.weights import why_no_device_step
 from sinks.models.step.hasten import hasten, steps_of
 from sinks.models.step.slots import Seating, Seats
@@ -80,7 +81,7 @@ def test_a_step_is_the_models_own(name: str):
         else:
             found = step(ids[:, at].tolist(), [2, 0], [at, at])
         close(found, expected[:, at], 3e-6)
-        assert step.greedy[:2].tolist() == found.argmax(dim=1).tolist() or at % 4 == 3
+        assert step.chosen.tolist() == found.argmax(dim=1).tolist() or at % 4 == 3
     assert seats.rings[0][0][1].abs().max() == 0, "nobody sits there"
     if HAS_GPU:
         assert step.captures == 2, "one for each number of rows"
@@ -98,7 +99,47 @@ def test_it_goes_on_by_itself():
         with torch.inference_mode():
             row = model(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1]
         given = row.argmax(dim=1, keepdim=True)
-    assert step.greedy[0] == given[0, 0]
+    assert step.chosen[0] == given[0, 0]
+
+
+def test_it_reads_what_its_seat_chose_before_the_host_has():
+    """Also in another row, and in a step of another size; where nothing could be chosen, the row rests."""
+    model = made("llama")
+    step, other = (DeviceModel(model).step(seats_of(model, 4)) for _ in range(2))
+    ids = [5, 9, 31]
+    step(ids, [3, 1, 0], [0, 0, 0])
+    told = step.told()
+    found = step([CHOSEN, CHOSEN], [0, 3], [1, 1]).clone()
+    tokens = told.wait()[:3]
+    other(ids, [3, 1, 0], [0, 0, 0])
+    close(found, other([tokens[2], tokens[0]], [0, 3], [1, 1]), 1e-6)
+    nothing = Drawing(bias=dict.fromkeys(range(71), -float("inf")))
+    step.install([0], [nothing], [[]], [2])
+    step([CHOSEN, CHOSEN], [3, 0], [2, 2])
+    assert (step.told().wait()[1], step.draws.newest[0]) == (None, -1)
+    ring = step.rings[0][0].clone()
+    step([CHOSEN, CHOSEN], [3, 0], [3, 3])
+    assert torch.equal(step.rings[0][0][0], ring[0]) and not torch.equal(step.rings[0][0][3], ring[3])
+
+
+@pytest.mark.parametrize("drawing", [Drawing(), Drawing(0.9, 20, 0.9, 0.01, 1.2, 0.1, 5, 11, {3: 2.0})])
+def test_steps_by_themselves_are_steps_that_the_host_feeds(drawing: Drawing):
+    """Rows with settings and rows without, moved on by the graph or placed anew for every token."""
+    model = made("llama")
+    one, other = (DeviceModel(model).step(seats_of(model, 2)) for _ in range(2))
+    for step in (one, other):
+        step.install([1], [drawing], [[]], [0])
+        step([7, 8], [1, 0], [0, 0])
+    said = []
+    for at in range(1, 9):
+        tokens = one.told().wait()
+        said.append(tokens)
+        one(tokens, [1, 0], [at, at])
+    other.run(8)
+    assert other.told().wait() == one.told().wait()
+    assert len({tuple(each) for each in said}) > 1
+    if HAS_GPU:
+        assert one.captures == 1
 
 
 @pytest.mark.parametrize("start", [10_000_000, 2**40])

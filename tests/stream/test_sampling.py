@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from sinks.errors import InvalidInput, UnsupportedOption
+from sinks.models.step.device.choice.draws import BIASES, HISTORY, Drawing
 from sinks.stream.sampling import GREEDY, Choices, Sampler, Sampling, drawn, filtered
 
 VOCABULARY = 40
@@ -84,18 +84,14 @@ def test_logits_are_those_of_transformers(sampling: Sampling, seed: int, history
         torch.manual_seed(seed)
         drawing = int(torch.multinomial(expected.softmax(-1), 1))
         assert sampler(sampling, seed).choose(logits, history) == drawing
-        number = torch.rand(1, dtype=torch.float64)
-        shares = expected.double().softmax(-1).tolist()
-        upto = next(n for n, whole in enumerate(accumulate(shares)) if float(number) * math.fsum(shares) < whole)
-        assert int(drawn(filtered(sampling, sampler(sampling).penalised(logits, history))[None], number)) == upto
 
 
 def test_the_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2, 1e-30]).log()
     drawing = sampler(Sampling(temperature=1.0))
     counts = torch.bincount(torch.tensor([drawing.choose(logits) for _ in range(4000)]), minlength=4) / 4000
-    numbers = torch.rand(4000, dtype=torch.float64)
-    on_a_gpu = torch.bincount(drawn(logits.expand(4000, 4), numbers), minlength=4) / 4000
+    seeds, places = torch.full((4000,), 3), torch.arange(4000)
+    on_a_gpu = torch.bincount(drawn(logits.expand(4000, 4), seeds, places), minlength=4) / 4000
     # Five standard deviations of a share at 4,000 draws are 0.04.
     for each in (counts, on_a_gpu):
         torch.testing.assert_close(each, logits.exp(), rtol=0, atol=0.04)
@@ -106,9 +102,11 @@ def test_the_draws_follow_the_probabilities() -> None:
 @given(asked=st.lists(st.tuples(SETTINGS, st.integers(0, 99)), min_size=1, max_size=6))
 def test_rows_together_choose_what_each_chooses_alone(asked: list[tuple[Sampling, int]]) -> None:
     logits = 3 * torch.randn(len(asked), VOCABULARY, generator=torch.Generator().manual_seed(1))
-    rows = [(sampler(sampling, seed), own, [3, seed % 7]) for (sampling, seed), own in zip(asked, logits, strict=True)]
+    rows = [
+        (sampler(sampling, seed), own, [3, seed % 7], 2) for (sampling, seed), own in zip(asked, logits, strict=True)
+    ]
     found = Choices(rows)
-    for number, (one, own, history) in enumerate(rows):
+    for number, (one, own, history, _) in enumerate(rows):
         try:
             told: object = found.of(number)
         except UnsupportedOption as error:
@@ -123,7 +121,7 @@ def test_rows_together_choose_what_each_chooses_alone(asked: list[tuple[Sampling
 def test_rows_that_leave_no_choice_fail_alone() -> None:
     rows = [torch.tensor([1.0, math.nan]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])]
     biased = sampler(Sampling(logit_bias={7: 1.0}))
-    found = Choices([(sampler(GREEDY), rows[0], []), (biased, rows[1], []), (sampler(GREEDY), rows[2], [])])
+    found = Choices([(sampler(GREEDY), rows[0], [], 0), (biased, rows[1], [], 0), (sampler(GREEDY), rows[2], [], 0)])
     with pytest.raises(UnsupportedOption, match="no token is left"):
         found.of(0)
     with pytest.raises(InvalidInput, match="names token 7"):
@@ -132,9 +130,25 @@ def test_rows_that_leave_no_choice_fail_alone() -> None:
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
-    scores = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
-    for number, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)):
-        assert drawn(scores, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
+    scores = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(500, 5)
+    assert set(drawn(scores, torch.arange(500), torch.zeros(500, dtype=torch.int64)).tolist()) == {1, 3}
+
+
+def test_what_a_graph_takes_is_what_its_tables_hold() -> None:
+    window, vocabulary = 100, 1000
+    for fits in (Sampling(), Sampling(0.7, top_k=5, presence_penalty=1.0, history=100, logit_bias={999: 1.0})):
+        assert sampler(fits).fits_graph(window, vocabulary)
+    for beyond in (
+        Sampling(repetition_penalty=1.1, history=101),
+        Sampling(logit_bias={1000: 1.0}),
+        Sampling(logit_bias=dict.fromkeys(range(BIASES + 1), 1.0)),
+    ):
+        assert not sampler(beyond).fits_graph(window, vocabulary)
+    assert not sampler(Sampling(repetition_penalty=1.1, history=HISTORY + 1)).fits_graph(10**6, vocabulary)
+    own = Sampling(0.7, 5, 0.9, 0.1, 1.2, 0.3, 64, 11, {3: 1.0})
+    told = sampler(own, 11).drawing
+    assert told == Drawing(0.7, 5, 0.9, 0.1, 1.2, 0.3, 64, 11, {3: 1.0})
+    assert sampler(Sampling(top_k=5, top_p=0.9), 4).drawing == Drawing(seed=4), "greedy: filters do nothing"
 
 
 def test_greedy_takes_the_first_of_equals_and_keeps_double_precision() -> None:

@@ -287,6 +287,13 @@ class SinkCache(Cache):
             for ring in self.rings:
                 ring.columns_fed -= 1
 
+    def count_on(self, seen: int) -> None:
+        """Count what a captured step has read by itself: the one row of this cache has now read `seen` tokens."""
+        (before,) = self._seen  # the first token of a stream claims its memory, in a pass of its own
+        self._seen = [seen]
+        for ring in self.rings:
+            ring.columns_fed += seen - before
+
     # What may be copied and put away
 
     def fork(self) -> SinkCache:

@@ -6,8 +6,7 @@ that comes back: `Session` does so with one row, and an engine may with many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from jaxtyping import Float
@@ -56,18 +55,8 @@ class Answer:
 
         The token belongs to the stream whatever it is: also one that ends the answer, or that completes a stop string.
         """
-        token = self.sampler.choose(logits, history.last(self.sampler.sampling.lookback))
+        token = self.sampler.choose(logits, history.last(self.sampler.sampling.lookback), history.seen)
         return token, self.accept(token, history)
-
-    def surely_goes_on(self, token: int) -> bool:
-        """Whether more will be written behind this token, whatever its text is; `write_on` may then be called."""
-        return not self.stops and token not in self.ends and (self.left is None or self.left > 1)
-
-    def write_on(self, token: int, history: History) -> Callable[[], str]:
-        """As `accept` where the answer surely goes on; the text is worked out when it is asked for, once, in order."""
-        if self.left is not None:
-            self.left -= 1
-        return partial(self.pieces.push, token, history.newest)
 
     def accept(self, token: int, history: History) -> str:
         """The text that can be said with this token, which was chosen to stand behind `history`; see `take`."""

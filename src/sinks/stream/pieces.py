@@ -47,15 +47,23 @@ class Vocabulary:
         # The sentencepiece mark stands for a space; a decoder drops it at the start of a text only, and this is none.
         self._marked = bool({"ByteFallback", "Metaspace"} & set(kinds))
         self._byte_tokens = "ByteFallback" in kinds
+        self._known: dict[int, bytes] = {}  # grows to the vocabulary at most
 
     def bytes_of(self, token: int, previous: int | None = None) -> bytes:
         """What `token` adds to a text behind the token `previous`."""
+        if token in self._known:
+            return self._known[token]
+        if self._letters is None and not self._marked and token not in self._silent:
+            return self._added_behind(token, previous)
+        self._known[token] = found = self._bytes_anywhere(token)
+        return found
+
+    def _bytes_anywhere(self, token: int) -> bytes:
+        """What a token adds to any text, whatever comes before it."""
         if token in self._silent:
             return b""
-        if token in self._added and (self._letters is not None or self._marked):
+        if token in self._added:
             return self._added[token].encode()
-        if self._letters is None and not self._marked:
-            return self._added_behind(token, previous)
         name: Any = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(name, str):  # models have more rows than tokenizers have tokens
             return b""
@@ -134,6 +142,8 @@ class Pieces:
     def _release(self, text: str) -> str:
         text = self._held + text
         self._held = ""
+        if not self.stops:
+            return text
         ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:
             self.forget()

@@ -3,13 +3,17 @@
 Order of application, that of `GenerationMixin._get_logits_processor` (transformers 5.23): logit bias, repetition
 penalty, presence penalty (which transformers lacks; as OpenAI and vLLM define it), then, when sampling, temperature,
 top-k, top-p, min-p. Every filter sees what the one before it left.
+
+On a CPU tokens are those that `generate` of transformers draws. On a GPU the same tokens are kept, with the same
+probabilities, and the noise that draws one of them is a function of the seed, of the token's place in the stream, and
+of the token: another sample than a CPU's, and the same one whoever shares the batch, captured in a graph or not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinks.errors import InvalidInput, SinksError, UnsupportedOption
+from sinks.kernels.device.language import why_no_triton
+from sinks.models.step.device.choice.draws import BIASES, HISTORY, Drawing, Draws
+from sinks.models.step.device.choice.noise import noise
 
 COLDEST = 1e-4
 """Colder than this, logits divided by the temperature could overflow; 0 says greedy."""
@@ -55,7 +62,8 @@ class Sampling:
         (CTRL, arXiv 1909.05858); 1 is none.
     presence_penalty: subtracted from the logit of each token of the history, once; 0 is none.
     history: how many of the newest visible tokens, prompt and answer alike, the two penalties look at.
-    seed: begins the random numbers anew with each answer; None goes on with those of the session.
+    seed: begins the random numbers anew with each answer; None goes on with those of the session. On a GPU they depend
+        on where in the stream a token stands, so that an answer is the same again only in the same place.
     logit_bias: added to the logits of these token ids; minus infinity forbids one.
     """
 
@@ -124,9 +132,8 @@ def no_choice(dtype: torch.dtype) -> UnsupportedOption:
 class Sampler:
     """Chooses the tokens of one row: the settings of one answer, and random numbers of the row's own.
 
-    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved. On a CPU
-    tokens are those that `generate` of transformers draws; on a GPU one number of it decides a token, by the same
-    probabilities: what is drawn there is another sample.
+    The generator lives on the CPU whatever the model's device, so that its state can be saved and moved. A GPU takes
+    no numbers of it but the seed that it was begun with.
     """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
@@ -140,12 +147,29 @@ class Sampler:
         if self.sampling.seed is not None:
             self.generator.manual_seed(self.sampling.seed)
 
-    def choose(self, logits: Float[Tensor, " vocab"], history: Sequence[int] = ()) -> int:
-        """The next token after `history`, the newest tokens in order.
+    @property
+    def seed(self) -> int:
+        """What a GPU's noise is made of, beside places and tokens."""
+        return self.generator.initial_seed() & (2**63 - 1)
+
+    def fits_graph(self, window: int, vocab: int) -> bool:
+        """Whether a captured step can choose so for a stream of this window."""
+        bias = self.sampling.logit_bias
+        return self.sampling.lookback <= min(window, HISTORY) and len(bias) <= BIASES and max(bias, default=0) < vocab
+
+    @property
+    def drawing(self) -> Drawing:
+        """The same settings, as a captured step takes them."""
+        own = self.sampling
+        kept, weakened = own.filters, (own.repetition_penalty, own.presence_penalty, own.lookback)
+        return Drawing(*kept, *weakened, self.seed, own.logit_bias)
+
+    def choose(self, logits: Float[Tensor, " vocab"], history: Sequence[int] = (), place: int = 0) -> int:
+        """The next token after `history`, the newest tokens in order; it will be token number `place` of its stream.
 
         Raises UnsupportedOption where the model's logits are not finite or the settings leave no token.
         """
-        token = Choices([(self, logits, history)]).of(0)
+        token = Choices([(self, logits, history, place)]).of(0)
         self.advance()
         return token
 
@@ -186,6 +210,10 @@ class Sampler:
         return self._bias
 
 
+Asked = tuple[Sampler, Float[Tensor, " vocab"], Sequence[int], int]
+"""A row's sampler, logits, newest tokens, and the place in its stream of the token to be chosen."""
+
+
 class Choices:
     """The next token of many rows, each with settings, random numbers and a history of its own.
 
@@ -194,13 +222,13 @@ class Choices:
     sampler when the token is taken.
     """
 
-    def __init__(self, asked: Sequence[tuple[Sampler, Float[Tensor, " vocab"], Sequence[int]]]) -> None:
-        self._dtypes = [logits.dtype for _, logits, _ in asked]
+    def __init__(self, asked: Sequence[Asked]) -> None:
+        self._dtypes = [logits.dtype for _, logits, _, _ in asked]
         self._wrong: dict[int, SinksError] = {}
         self._places: dict[int, int] = {}
-        alike: dict[object, list[tuple[Sampler, Tensor]]] = {}
+        alike: dict[object, list[tuple[Sampler, Tensor, int]]] = {}
         numbers: dict[object, list[int]] = {}
-        for number, (sampler, logits, history) in enumerate(asked):
+        for number, (sampler, logits, history, place) in enumerate(asked):
             sampling = sampler.sampling
             try:
                 scores = logits if sampling.plain else sampler.penalised(wide(logits), history)
@@ -208,7 +236,7 @@ class Choices:
                 self._wrong[number] = error
                 continue
             key = (sampling.filters, scores.dtype)
-            alike.setdefault(key, []).append((sampler, scores))
+            alike.setdefault(key, []).append((sampler, scores, place))
             numbers.setdefault(key, []).append(number)
         self._found = [_found(rows) for rows in alike.values()]
         for place, number in enumerate(number for group in numbers.values() for number in group):
@@ -228,16 +256,21 @@ class Choices:
         return int(token)
 
 
-def _found(rows: Sequence[tuple[Sampler, Tensor]]) -> Float[Tensor, "2 rows"]:
+def _found(rows: Sequence[tuple[Sampler, Tensor, int]]) -> Float[Tensor, "2 rows"]:
     """Tokens, and the best of all logits, of rows whose filters agree."""
-    samplers, scores = [sampler for sampler, _ in rows], torch.stack([scores for _, scores in rows])
+    samplers, scores = [sampler for sampler, _, _ in rows], torch.stack([scores for _, scores, _ in rows])
+    sampling, device = samplers[0].sampling, scores.device
     best, tokens = scores.max(dim=-1)
-    sampling = samplers[0].sampling
-    if not sampling.greedy and scores.device.type == "cpu":
-        tokens = torch.stack([_drawn_as_transformers_does(*row) for row in zip(samplers, scores, best, strict=True)])
+    if not sampling.greedy and device.type == "cpu":
+        drawing = zip(samplers, scores, best, strict=True)
+        tokens = torch.stack([_drawn_as_transformers_does(*row) for row in drawing])
     elif not sampling.greedy:
-        numbers = [torch.rand((), dtype=torch.float64, generator=sampler.ahead()) for sampler in samplers]
-        tokens = drawn(filtered(sampling, wide(scores)), on_device(torch.stack(numbers), scores.device))
+        places = [place for _, _, place in rows]
+        if why_no_triton(device) is None:
+            tokens = drawn_by_kernels([sampler.drawing for sampler in samplers], scores, places)
+        else:
+            seeds = on_device(torch.tensor([sampler.seed for sampler in samplers]), device)
+            tokens = drawn(filtered(sampling, wide(scores)), seeds, on_device(torch.tensor(places), device))
     return torch.stack((tokens.double(), best.double()))
 
 
@@ -246,6 +279,19 @@ def _drawn_as_transformers_does(sampler: Sampler, scores: Tensor, best: Tensor) 
         return torch.zeros((), dtype=torch.int64)  # nobody takes it
     shares = filtered(sampler.sampling, wide(scores)).softmax(dim=-1)
     return torch.multinomial(shares, 1, generator=sampler.ahead())[0]
+
+
+def drawn_by_kernels(
+    drawings: Sequence[Drawing], scores: Float[Tensor, "rows vocab"], places: Sequence[int]
+) -> Int[Tensor, " rows"]:
+    """What a captured step draws of these logits, which are penalised already."""
+    rows, vocab = scores.shape
+    draws = Draws(rows, rows, vocab, scores.device)
+    bare = [replace(each, lookback=0, bias={}) for each in drawings]
+    draws.install(range(rows), bare, [()] * rows, [0] * rows)
+    control = torch.tensor([[0] * rows, list(range(rows)), [place - 1 for place in places]])
+    draws.launch(scores.float().contiguous(), on_device(control, scores.device), None)
+    return draws.told[0]
 
 
 def filtered(sampling: Sampling, scores: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
@@ -266,12 +312,12 @@ def filtered(sampling: Sampling, scores: Float[Tensor, "*rows vocab"]) -> Float[
     return scores
 
 
-def drawn(scores: Float[Tensor, "rows vocab"], numbers: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token of each row whose share of [0, 1), in the order of the vocabulary, holds that row's number."""
-    upto = scores.double().softmax(dim=-1).cumsum(dim=-1)
-    whole = upto[:, -1:]
-    below = torch.nextafter(whole, torch.zeros_like(whole))  # a product that was rounded up would be past the last one
-    return torch.searchsorted(upto, torch.minimum(numbers[:, None] * whole, below), right=True)[:, 0]
+def drawn(
+    scores: Float[Tensor, "rows vocab"], seeds: Int[Tensor, " rows"], places: Int[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """A token of each row by its softmax: the largest of logit and noise, as the kernels of a captured step draw."""
+    below = scores - scores.amax(dim=-1, keepdim=True)
+    return (below + noise(seeds, places, torch.arange(scores.shape[-1]))).argmax(dim=-1)
 
 
 def wide(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:

@@ -23,10 +23,10 @@ from sinks.models.attach import LENSES, attachment_of
 from sinks.models.families import base_of
 from sinks.models.rotary import rotary_modules
 from sinks.models.step.blocks import StepModel, step_model, why_not
-from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.device.step import DeviceModel, DeviceStep
 from sinks.models.step.device.weights import why_no_device_step
 from sinks.models.step.native import NativeStep, native_reason
-from sinks.models.step.slots import SeatCache, SlotCache
+from sinks.models.step.slots import SeatCache, Seats, SlotCache
 from sinks.types import StreamCache
 
 PLAIN = {"input_ids", "past_key_values", "use_cache"}
@@ -98,6 +98,13 @@ class LeanForward:
             return False
         return not closely or all(held.get(name) is part for held, name, part in self._parts)
 
+    def captured(self, seats: Seats) -> DeviceStep | None:
+        """The captured step over these seats, for whoever drives it himself; None where this call would not take it."""
+        model: Any = self._model()
+        if self.device is None or not is_plain(model) or any(self._hooks) or not self._is_current(model, closely=False):
+            return None
+        return self.device.step(seats)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
         lean = not args and is_step(model, kwargs) and not any(self._hooks)
@@ -132,7 +139,12 @@ def is_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not isinstance(cache, StreamCache):
         return False
     more = [name for name, value in kwargs.items() if name not in PLAIN and value is not None]
-    if more or kwargs.get("use_cache") is False or torch.is_grad_enabled() or model.training:
+    return not more and kwargs.get("use_cache") is not False and is_plain(model)
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether nothing is asked of this model's passes but logits, and nobody looks at them."""
+    if torch.is_grad_enabled() or model.training:
         return False
     config: Any = model.config
     asked = config.output_attentions or config.output_hidden_states or config.return_dict is False

@@ -11,7 +11,7 @@ from sinks.cache.group import Group
 from sinks.models.step.hasten import LeanForward
 from sinks.stream.answer import Answer
 from sinks.stream.engine.row import Ground, Row
-from sinks.stream.sampling import Choices, Sampler
+from sinks.stream.sampling import Asked, Choices
 
 
 @torch.inference_mode()
@@ -42,10 +42,11 @@ def read_newest(rows: Sequence[Row], size: int) -> None:
 
 def choices(writing: Sequence[tuple[Row, Answer]]) -> Choices:
     """The next token of each of these answers, whose rows have their logits."""
-    asked = list[tuple[Sampler, Tensor, Sequence[int]]]()
+    asked = list[Asked]()
     for row, answer in writing:
         assert row.logits is not None
-        asked.append((answer.sampler, row.logits, row.history.last(answer.sampler.sampling.lookback)))
+        history = row.history
+        asked.append((answer.sampler, row.logits, history.last(answer.sampler.sampling.lookback), history.seen))
     return Choices(asked)
 
 
@@ -56,5 +57,4 @@ def warm_up(ground: Ground) -> None:
         return
     step = forward.device.step(pool.seats)
     for power in range((pool.size - 1).bit_length() + 1):
-        rows = 1 << power
-        step([0] * rows, [0] * rows, [-1] * rows)
+        step.warm_up(1 << power)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,9 @@ from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
 from sinks.errors import BrokenCache, EngineClosed, EngineError
 from sinks.models.load import Loaded
+from sinks.stream.answer import Answer
 from sinks.stream.engine.batch import choices, read_newest, warm_up
+from sinks.stream.engine.flight import Aboard, Flights
 from sinks.stream.engine.places import Places
 from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
 from sinks.stream.engine.row import Given, Ground, Row
@@ -23,7 +24,7 @@ from sinks.stream.engine.schedule import Scheduler, Turn
 from sinks.stream.engine.worker import Worker
 from sinks.stream.opening import ready
 from sinks.stream.pieces import check_stops
-from sinks.stream.sampling import GREEDY, Sampling
+from sinks.stream.sampling import GREEDY, Sampling, no_choice
 from sinks.stream.session import Session
 
 
@@ -58,11 +59,11 @@ class Engine:
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._scheduler = Scheduler(slots, queue, self._ground.pace(chunk), parks=self._ground.pool is not None)
         self._size = slots if steady else 0
-        self._unsaid: deque[tuple[Request, Callable[[], str]]] = deque()
         self._requests: dict[int, Request] = {}
         self._numbers = count(1)
         self._closed: EngineClosed | None = None
         self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
+        self._flights = Flights(self._ground, self._lock, self._take_in, partial(self._end, finish="cancelled"))
         self._places = Places(self._scheduler, self._lock, self.dismiss)
         self._worker = Worker(self.step, self._on_fault)
 
@@ -128,7 +129,8 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        self._end(request, "cancelled")
+        if not self._flights.put_off(request):
+            self._end(request, "cancelled")
         self.wake()
 
     @property
@@ -155,10 +157,10 @@ class Engine:
 
     def step(self) -> bool:
         """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
-        with self._places.between_steps():
+        with self.between_steps():
             turn = self._schedule()
             if turn.reads or not turn.writers:
-                self._say()
+                self._flights.land()
             for number, tokens in turn.reads:
                 self._read(number, tokens)
             self._write(turn.writers)
@@ -173,8 +175,6 @@ class Engine:
         with self._lock:
             admitted = [self._requests[number] for number in self._scheduler.admit()]
         self._places.make_room()
-        if admitted:
-            self._say()
         for request in [each for each in admitted if each.stream.gone is None]:  # one may be lost while room is made
             self._begin(request)
         with self._lock:
@@ -226,12 +226,23 @@ class Engine:
             row = request.stream.row
             if row is not None and self._may_go_on(request, row):
                 rows[request] = row
-        self._predict({request: row for request, row in rows.items() if row.logits is None})
+        if rows and self._flights.can_take(rows) and self._flights.fly(rows, self._size):
+            return
+        self._flights.land()
+        self._predict({each: row for each, row in rows.items() if row.logits is None and each.finish is None})
         answers = {each: each.answer for each in rows if each.answer is not None and each.finish is None}
         chosen = choices([(rows[request], answer) for request, answer in answers.items()])
-        self._say()
-        for number, request in enumerate(answers):
-            self._choose(request, rows[request], partial(chosen.of, number))
+        for number, (request, answer) in enumerate(answers.items()):
+            if request.finish is None:  # or it was cancelled while its logits were made; those then stay
+                self._choose(request, rows[request], answer, partial(chosen.of, number))
+
+    def _take_in(self, each: Aboard, token: int | None) -> None:
+        """The token that a flight chose for one row."""
+        if token is None:
+            self._fail(each.request, no_choice(self._ground.loaded.model.dtype))
+        else:
+            each.row.note_read(each.place)
+            self._choose(each.request, each.row, each.answer, lambda: token)
 
     def _may_go_on(self, request: Request, row: Row) -> bool:
         """Begin the answer if it has not begun; False where that is already its end."""
@@ -256,37 +267,26 @@ class Engine:
             for request, row in rows.items():
                 self._predict({request: row})
 
-    def _choose(self, request: Request, row: Row, chosen: Callable[[], int]) -> None:
-        """The next token of one answer, unless it was cancelled while its logits were made; those then stay."""
-        if request.finish is not None or request.answer is None:
-            return
+    def _choose(self, request: Request, row: Row, answer: Answer, chosen: Callable[[], int]) -> None:
+        """The next token of one answer."""
         try:
-            piece = row.take(request.answer, chosen(), ahead=self._ground.pool is not None)
+            piece = row.take(answer, chosen())
         except Exception as error:
             self._fail(request, error)
-            return
-        request.tokens += 1
-        if isinstance(piece, str):
-            self._hand_out(request, piece)
         else:
-            self._unsaid.append((request, piece))
-
-    def _say(self) -> None:
-        """Hand out what was chosen in the last step: on a GPU, while this one's pass is computed."""
-        while self._unsaid:
-            request, text = self._unsaid.popleft()
-            self._hand_out(request, text())
+            request.tokens += 1
+            self._hand_out(request, piece)
 
     def _hand_out(self, request: Request, piece: str) -> None:
-        request.put(piece)
+        if request.finish is None:  # nobody reads beyond the end
+            request.put(piece)
         if request.answer is not None and request.answer.finish is not None:
             self._end(request, request.answer.finish)
 
     # Ends
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request with what went wrong, once all that was chosen before is said; inside a step only."""
-        self._say()
+        """End a request with what went wrong; inside a step only."""
         self._end(request, "failed", failure_of(error))
 
     def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
@@ -317,9 +317,12 @@ class Engine:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """No step runs inside, all that was chosen is said, and afterwards the slots of those who left are free."""
+        """No step runs inside, and afterwards the slots of those who left are free.
+
+        One flight may be under way: every row stands behind the token that it reads.
+        """
         with self._places.between_steps():
-            self._say()
+            self._flights.land(leave=1)  # more are there only if a step was broken off
             yield
 
     def row_of(self, stream: Stream) -> Row:
@@ -403,9 +406,10 @@ class Engine:
     def _close(self, why: EngineClosed) -> None:
         self._closed = self._closed or why
         self._worker.end()
-        with self.between_steps(), self._lock:
+        with self._places.between_steps(), self._lock:
             for request in list(self._requests.values()):
                 self._end(request, "failed", why)
+            self._flights.drop()
             self._places.release_all()
 
     def __enter__(self) -> Engine:

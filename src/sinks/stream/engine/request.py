@@ -122,6 +122,11 @@ class Request:
         """Whether so many pieces wait to be read that nothing more is written."""
         return len(self._pieces) >= BUFFER
 
+    @property
+    def nearly_full(self) -> bool:
+        """Whether it will be `full` with one piece more."""
+        return len(self._pieces) >= BUFFER - 1
+
     def wait(self, seconds: float | None = None) -> None:
         """Wait for news; those that came before this call do not count as waiting."""
         with self._news:

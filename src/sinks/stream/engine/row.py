@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,12 +112,36 @@ class Row:
 
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
-        self.cache = ground.empty_cache()
+        self._cache = ground.empty_cache()
+        self._read = 0
         self.history = History(ground.plan)
         self.pieces = Pieces(ground.vocabulary)
         self.generator = torch.Generator().manual_seed(FIRST_SEED)
         self.logits: Tensor | None = None
         self.in_dialogue = False  # a session's own: kept for the session that takes the stream up again
+
+    @property
+    def cache(self) -> SinkCache:
+        """Keys and values, which have counted all that captured steps have read."""
+        if self._read:
+            self._cache.count_on(self._read)
+            self._read = 0
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: SinkCache) -> None:
+        self._cache, self._read = cache, 0
+
+    @property
+    def seat(self) -> int:
+        """Where it sits in the engine's pool."""
+        seat = self._cache.seat
+        assert seat is not None  # it was admitted
+        return seat.number
+
+    def note_read(self, seen: int) -> None:
+        """A captured step has read the first `seen` tokens of this stream in all; `cache` hears of it when asked."""
+        self._read = seen
 
     @classmethod
     def load(cls, ground: Ground, path: str | Path) -> Row:
@@ -163,7 +187,7 @@ class Row:
 
     def stand_up(self) -> None:
         """Give the seat back, if there is one; the stream is then gone."""
-        if self.cache.seat is not None:
+        if self._cache.seat is not None:
             self.cache.leave()
 
     def check_moment(self) -> None:
@@ -209,14 +233,11 @@ class Row:
         ends = self.ground.ends | {self.ground.end_of_turn} if self.in_dialogue else self.ground.ends
         return Answer(Sampler(sampling, self.generator), self.pieces, ends, max_tokens, stop)
 
-    def take(self, answer: Answer, token: int, ahead: bool = False) -> str | Callable[[], str]:
-        """Go on with this token, which was chosen for `answer`; returns the text that can be said with it.
-
-        With `ahead` that may be a call which works it out, for when there is time: see `Answer.write_on`.
-        """
+    def take(self, answer: Answer, token: int) -> str:
+        """Go on with this token, which was chosen for `answer`; returns the text that can be said with it."""
         answer.sampler.advance()
-        later = ahead and answer.surely_goes_on(token)
-        piece = answer.write_on(token, self.history) if later else answer.accept(token, self.history)
-        self.logits = None
-        self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])
-        return piece
+        try:
+            return answer.accept(token, self.history)
+        finally:  # it belongs to the stream whatever its text is
+            self.logits = None
+            self.history.extend([self.ground.end_of_turn if answer.finish == "end" and self.in_dialogue else token])

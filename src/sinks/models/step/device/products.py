@@ -142,8 +142,10 @@ def _best(made: Value, row: Value, n: Value, best: Value, number: Value, sizes: 
     """Put the largest of each row [rows, cols] and where it first stands into one of the row's PLACES, if it is larger.
 
     Both in one integer that orders as they do: the bits of the number, then what is left of 2^32 behind the place. A
-    maximum of integers is the same in whatever order programs arrive.
+    maximum of integers is the same in whatever order programs arrive. What is no number counts as infinity, so that it
+    is not overlooked.
     """
+    made = tl.where(made != made, float("inf"), made)
     most = tl.max(made, 1)
     first = tl.min(tl.where(made == most[:, None], n, 2147483647), 1)
     bits = most.to(tl.int32, bitcast=True)

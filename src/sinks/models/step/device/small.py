@@ -7,14 +7,24 @@ from sinks.models.step.device.products import ahead, begin
 
 
 @jit
-def embed(ids: Value, table: Value, out: Value, sizes: Value, WIDTH: constexpr, PDL: constexpr) -> None:
-    """The embedding of each row's token, in float32. `sizes`: width, factor, tokens known; another id gives NaN."""
+def embed(
+    ids: Value, seats: Value, positions: Value, newest: Value, table: Value, out: Value, sizes: Value,
+    WIDTH: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    """The embedding of each row's token, in float32. `sizes`: width, factor, tokens known; another id gives NaN.
+
+    For an id of -1 the token is what was chosen last at the row's seat; where there is none, the row rests.
+    """
     begin(PDL)
     ahead(PDL)
     row = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < sizes[0]
-    token = tl.load(ids + row)
+    given, position = tl.load(ids + row), tl.load(positions + row)
+    token = tl.where((given == -1) & (position >= 0), tl.load(newest + tl.load(seats + row)), given)
+    if tl.program_id(1) == 0:  # the others find the same, before or after
+        tl.store(ids + row, tl.where(token < 0, 0, token))
+        tl.store(positions + row, tl.where((given == -1) & (token < 0), -1, position))
     known = inside & (token >= 0) & (token < sizes[2])
     own = tl.load(table + token * sizes[0] + column, mask=known, other=float("nan")).to(tl.float32)
     tl.store(out + row * sizes[0] + column, own * sizes[1], mask=inside)
@@ -46,19 +56,3 @@ def join(
         tl.store(states + places, own, mask=inside)
     made = own * tl.rsqrt(tl.sum(own * own, 0) / sizes[0] + sizes[2]) * gain
     tl.store(normed + places, made.to(normed.dtype.element_ty), mask=inside)
-
-
-@jit
-def choose(best: Value, ids: Value, positions: Value, greedy: Value, PLACES: constexpr, PDL: constexpr) -> None:
-    """The likeliest token of each row, the first of equals: kept, and fed back, one position on; `best` is emptied."""
-    begin(PDL)
-    ahead(PDL)
-    row = tl.program_id(0)
-    places = best + row * PLACES + tl.arange(0, PLACES)
-    found = 0xFFFFFFFF - (tl.max(tl.load(places), 0) & 0xFFFFFFFF)
-    found = tl.where(found == 2147483647, 0, found)  # no number at all: the host sees it in the logits
-    tl.store(places, tl.full([PLACES], -9223372036854775808, tl.int64))
-    position = tl.load(positions + row)
-    tl.store(greedy + row, found)
-    tl.store(ids + row, found)
-    tl.store(positions + row, tl.where(position < 0, position, position + 1))

@@ -1,7 +1,12 @@
-"""A decode step of a whole model as one CUDA graph: from token to logits and to the next token, for rows in seats."""
+"""A decode step of a whole model as one CUDA graph: from token to logits and to the next token, for rows in seats.
+
+The next token is chosen inside the graph by what was last installed at its seat, the likeliest where nothing was. It
+stays there, so that the next step can begin before the host has read it.
+"""
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,8 +22,9 @@ from sinks.errors import InvalidInput
 from sinks.kernels import Scoring, Step, attend_step
 from sinks.kernels.device.language import on
 from sinks.kernels.device.step import HeadNorms
+from sinks.models.step.device.choice.draws import NOBODY, PLACES, Drawing, Draws
 from sinks.models.step.device.linear import Product, Tiles, chained, power, tiles_for
-from sinks.models.step.device.small import choose, embed, join
+from sinks.models.step.device.small import embed, join
 from sinks.models.step.device.weights import DeviceBlock, DeviceWeights, Norm, device_weights
 from sinks.models.step.slots import Seats
 
@@ -27,8 +33,8 @@ LEAST_ROWS = 16
 
 _CAPTURING = Lock()
 
-PLACES = 64
-"""Where programs of the output head leave their best: one would be fought for."""
+CHOSEN = -1
+"""In the place of a token: the one that was chosen last at its seat, which the host may not know yet."""
 
 MOST_PARTS = 8
 """Parts that a product's result may come in."""
@@ -80,7 +86,26 @@ class _Buffers:
         self.seen = room(queries, dim)
         self.inner = room(first.gate_up.outputs)
         self.logits = room(vocab, dtype=torch.float32)
-        self.greedy = room(dtype=torch.int64)
+
+
+class Told:
+    """What the rows of one step chose, on its way to the host."""
+
+    def __init__(self, told: Int[Tensor, "2 rows"]) -> None:
+        self._landed: torch.cuda.Event | None = None
+        if told.device.type == "cuda":
+            self._held = torch.empty(told.shape, dtype=told.dtype, pin_memory=True).copy_(told, non_blocking=True)
+            self._landed = torch.cuda.Event()
+            self._landed.record(torch.cuda.current_stream(told.device))
+        else:
+            self._held = told.clone()
+
+    def wait(self) -> list[int | None]:
+        """The token of every row, once they are here; None where no logit was finite, so that there is none."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        tokens, real = self._held.tolist()
+        return [token if sound else None for token, sound in zip(tokens, real, strict=True)]
 
 
 class DeviceStep:
@@ -98,15 +123,35 @@ class DeviceStep:
         self.seats = len(seats.rings[0][0])
         self.device = weights.embed.device
         self.buffers = _Buffers(weights, power(self.seats), self.device)
+        self.draws = Draws(self.seats, power(self.seats), weights.head.outputs, self.device)
         self.captures = 0
         self._programs: dict[int, _Program] = {}
         self._pool: Any = None
         self._last: _Program | None = None
 
     @property
-    def greedy(self) -> Tensor:
-        """The likeliest next token of every row of the last step, int64 on the device."""
-        return self.buffers.greedy
+    def chosen(self) -> Int[Tensor, " rows"]:
+        """The next token of every row of the last step, on the device; see `told`."""
+        return self._chosen[0]
+
+    @property
+    def _chosen(self) -> Tensor:
+        if self._last is None:
+            raise InvalidInput("nothing was chosen yet: feed a token first")
+        return self._last.told
+
+    @torch.inference_mode()
+    def told(self) -> Told:
+        """What the rows of the last step chose, as soon as it is done; nobody waits here."""
+        return Told(self._chosen)
+
+    @torch.inference_mode()
+    def install(
+        self, seats: Sequence[int], drawings: Sequence[Drawing], histories: Sequence[Sequence[int]],
+        positions: Sequence[int],
+    ) -> None:  # fmt: skip
+        """From now on these seats choose so; see `Draws.install`. A seat where nothing was installed is greedy."""
+        self.draws.install(seats, drawings, histories, positions)
 
     @torch.inference_mode()
     def __call__(
@@ -114,7 +159,8 @@ class DeviceStep:
     ) -> Float[Tensor, "rows vocab"]:
         """Feed token `ids[i]`, number `positions[i]` of its stream, to the stream in seat `rows[i]`; -1: to nobody.
 
-        The logits are valid until the next call. Raises InvalidInput for rows that do not fit together.
+        An id may be `CHOSEN`. The logits are valid until the next call. Raises InvalidInput for rows that do not fit
+        together.
         """
         count = len(rows)
         if not len(ids) == count == len(positions) or not 0 < count <= power(self.seats):
@@ -124,28 +170,38 @@ class DeviceStep:
             )
         program = self._program(power(count))
         program.place(ids, rows, positions)
-        program()
+        program(self.draws.are_plain(rows))
         self._last = program
         return self.buffers.logits[:count]
 
     @torch.inference_mode()
     def run(self, steps: int) -> None:
-        """That many steps more, each with the likeliest token of the one before, without asking the host."""
+        """That many steps more, each with the token that the one before chose, without asking the host."""
         if self._last is None:
             raise InvalidInput("run() goes on from a step, and there was none")
+        self._last.placed = None  # the host does not follow
         for _ in range(steps):
-            self._last()
+            self._last(self._last.plain)
+
+    @torch.inference_mode()
+    def warm_up(self, rows: int) -> None:
+        """Capture all that steps of so many rows may need now, not when it is first needed."""
+        program = self._program(power(rows))
+        program.place([0] * rows, [0] * rows, [-1] * rows)
+        for plain in (True, False):
+            program(plain)
 
     def _program(self, bucket: int) -> _Program:
         if bucket not in self._programs:
-            program = _Program(self, bucket)
-            if self.device.type == "cuda":
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                program.capture(self._pool)
-                self.captures += 1
-            self._programs[bucket] = program
+            self._programs[bucket] = _Program(self, bucket)
         return self._programs[bucket]
+
+    def graph_pool(self) -> Any:
+        """The memory that all graphs of this step share; counts one graph more."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self.captures += 1
+        return self._pool
 
 
 class _Program:
@@ -156,8 +212,11 @@ class _Program:
         self.control = torch.zeros(3, rows, dtype=torch.int64, device=step.device)
         self.control[2] = -1
         self.chain = step.chain_for(rows) if step.device.type == "cuda" else Chain(0, False)
-        self.graph: Any = None
-        self.best = torch.full((rows, PLACES), torch.iinfo(torch.int64).min, device=step.device)
+        self.plain = True
+        self._graphs: dict[bool, Any] = {}
+        self.best = torch.full((rows, PLACES), NOBODY, device=step.device)
+        self.told = step.draws.told.view(-1)[: 2 * rows].view(2, rows)
+        self.placed: tuple[list[int], list[int]] | None = None
         self.attend, self.tables = self._attends(step)
 
     def _attends(self, step: DeviceStep) -> tuple[list[tuple[Step, Tensor]], list[tuple[Step, Tensor]]]:
@@ -183,53 +242,75 @@ class _Program:
         return found, list(shared.values())
 
     def place(self, ids: Sequence[int] | Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Put what the host says where the kernels look."""
+        """Put what the host says where the kernels look, unless it is there: the graph moves its rows on by itself."""
         rest = self.rows - len(rows)
-        given = [0] * len(rows) if isinstance(ids, Tensor) else list(ids)
-        host = [[*given, *[0] * rest], [*rows, *[0] * rest], [*positions, *[-1] * rest]]
-        self.control.copy_(torch.tensor(host))
+        placed = [*rows, *[0] * rest], [*positions, *[-1] * rest]
+        tokens = None if isinstance(ids, Tensor) else list(ids)
+        stands = placed == self.placed and tokens == [CHOSEN] * len(rows)
+        self.placed = placed[0], [at if at < 0 else at + 1 for at in placed[1]]
+        if stands:
+            return
+        host = torch.tensor([[*([0] * len(rows) if tokens is None else tokens), *[0] * rest], *placed])
+        cuda = self.device.type == "cuda"
+        self.control.copy_(host.pin_memory() if cuda else host, non_blocking=cuda)
         if isinstance(ids, Tensor):
             self.control[0, : len(rows)].copy_(ids)
 
-    def capture(self, pool: Any) -> None:
+    def _capture(self, plain: bool, pool: Any) -> Any:
         """Compile on rows that rest, then record."""
+        kept, self.control[2] = self.control.clone(), -1
         with _CAPTURING, on(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._launch()
+                self._launch(plain)
             torch.cuda.current_stream().wait_stream(side)
+            gc.collect()  # a graph that is let go while another is recorded would spoil it
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads ask of the GPU meanwhile is their own affair
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._launch()
-            self.graph = graph
+                self._launch(plain)
+        self.control.copy_(kept)
+        return graph
 
-    def __call__(self) -> None:
-        if self.graph is None:
-            self._launch()
-        else:
-            self.graph.replay()
+    def __call__(self, plain: bool) -> None:
+        """A step; `plain`: every row takes the likeliest token, which spares all other choices' kernels."""
+        self.plain = plain
+        if self.device.type != "cuda":
+            self._launch(plain)
+            return
+        if plain not in self._graphs:
+            self._graphs[plain] = self._capture(plain, self.step.graph_pool())
+        self._graphs[plain].replay()
 
-    def _launch(self) -> None:
+    def _launch(self, plain: bool) -> None:
         step: Any = self.step
         weights, buffers, rows = step.weights, step.buffers, self.rows
-        ids, _, positions = self.control
+        ids, seats, positions = self.control
         width = weights.embed.shape[1]
         self.pending: tuple[int, Norm | None] = (0, None)
         with on(self.device):
             embed[(rows, -(-width // 1024))](
-                ids, weights.embed, buffers.states, (width, weights.factor, len(weights.embed)), WIDTH=1024, PDL=False
+                ids,
+                seats,
+                positions,
+                step.draws.newest,
+                weights.embed,
+                buffers.states,
+                (width, weights.factor, len(weights.embed)),
+                WIDTH=1024,
+                PDL=False,
             )
             for made, tables in self.tables:
                 made.tables(positions, tables)
             for layer, block in enumerate(weights.blocks):
                 self._block(layer, block)
             self._after_norm(weights.head, buffers.logits, self.best)
-            choose[(rows,)](
-                self.best, ids, positions, buffers.greedy, PLACES=PLACES, num_warps=1, **chained(self.chain.products)
-            )
+            if plain:
+                step.draws.launch_best(self.control, self.best, self.chain.products)
+            else:
+                step.draws.launch(buffers.logits, self.control, self.best, self.chain.products)
 
     def _block(self, layer: int, block: DeviceBlock) -> None:
         step: Any = self.step
