@@ -34,6 +34,7 @@ test: $(VENV)/.test ## run the tests
 
 lint: $(VENV)/.lint $(VENV)/.test ## ruff, pyright, and the floors between the rooms
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 

@@ -155,7 +155,9 @@ def report(about: dict[str, Any], measured: Measured, cache_bytes: int, complete
     medians = {
         name: float(np.median(times)) if times else None
         for name, times in (
-            ("early", measured.decode_early), ("parked", measured.decode_parked), ("old", measured.decode_old)
+            ("early", measured.decode_early),
+            ("parked", measured.decode_parked),
+            ("old", measured.decode_old),
         )  # fmt: skip
     }
     old, before, early = medians["old"], medians["parked"], medians["early"]

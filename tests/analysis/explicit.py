@@ -87,9 +87,7 @@ def explicit(
         [torch.cat(parts, dim=2).double().cpu() for parts in layers] for layers in (met.query, met.key, met.value)
     )
     hidden = [torch.cat(parts, dim=1).double().cpu() for parts in met.hidden]
-    rows = [
-        _layer(model, index, query[index], key[index], (sinks or 0, window), causal) for index in range(len(query))
-    ]
+    rows = [_layer(model, index, query[index], key[index], (sinks or 0, window), causal) for index in range(len(query))]
     weights, visible, logit_mass = (list(column) for column in zip(*rows, strict=True))
     return Explicit(weights, visible, query, key, value, hidden, logit_mass)
 

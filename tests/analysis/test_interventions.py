@@ -280,9 +280,7 @@ def test_progress_and_heads_in_the_verdict(model, tokenizer, ids):
 
 
 def test_what_cannot_be_measured_is_refused(model, tokenizer, ids):
-    config = BertConfig(
-        vocab_size=71, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=71, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     with pytest.raises(UnsupportedOption, match="causal"):
         measure(BertForMaskedLM(config).eval(), tokenizer, ids)
     with pytest.raises(TextTooShort, match="32 tokens"):

@@ -138,9 +138,7 @@ def test_flags_that_cannot_be(
     assert message in told.err and not told.out
 
 
-def test_a_model_without_a_template(
-    chat: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_model_without_a_template(chat: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert chat(b"hello\n", "--window", "50", folder=tiny_folder(tmp_path)) == 1
     assert "has no chat template" in capsys.readouterr().err
 

@@ -79,8 +79,10 @@ def test_the_headline_is_a_claim_only_where_it_holds():
     assert headline(fake_comparison()) == "Four kept tokens hold the line"
     assert headline(fake_comparison(leave_out=("dense",))) == "Four kept tokens hold the line"
     far_from_dense = fake_comparison({"dense": 2.0})
-    assert headline(far_from_dense) == headline(fake_comparison(leave_out=("window",))) == (
-        "Reading 2,048 tokens with 256 keys"
+    assert (
+        headline(far_from_dense)
+        == headline(fake_comparison(leave_out=("window",)))
+        == ("Reading 2,048 tokens with 256 keys")
     )
 
 

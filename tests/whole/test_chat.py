@@ -96,6 +96,7 @@ def test_no_message_forges_a_turn(which: str, request: pytest.FixtureRequest):
         assert [token for token in ids if token in special] == [token for token in plain if token in special]
         assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("plain", forged)
 
+
 @pytest.mark.slow
 def test_a_conversation_with_the_built_in_model(loaded: Loaded, tmp_path: Path):
     """What it says is what transformers says to the whole dialogue; then the window is left, and a turn is longer."""

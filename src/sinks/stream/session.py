@@ -177,9 +177,7 @@ class Session:
     @property
     def visible(self) -> Visible:
         """What the next token will be predicted from."""
-        spans = [
-            Span(start, start + len(ids), tuple(ids), self._text(ids)) for start, ids in self._history.spans
-        ]
+        spans = [Span(start, start + len(ids), tuple(ids), self._text(ids)) for start, ids in self._history.spans]
         return Visible(tuple(spans))
 
     @property

@@ -16,9 +16,7 @@ from tests.stream.opened import IDS, SINKS, WARM, WINDOW, opened, tiny_loaded
 @pytest.mark.parametrize("sampling", [Sampling(), WARM, Sampling(temperature=1.0, seed=5, repetition_penalty=1.2)])
 def test_every_row_says_what_it_says_alone(slots, sampling):
     together = engine(slots)
-    requests = [
-        together.submit(prompt, max_tokens=10 + 3 * n, sampling=sampling) for n, prompt in enumerate(PROMPTS)
-    ]
+    requests = [together.submit(prompt, max_tokens=10 + 3 * n, sampling=sampling) for n, prompt in enumerate(PROMPTS)]
     together.run()
     for n, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
         assert request.text() == alone(prompt, 10 + 3 * n, sampling=sampling)

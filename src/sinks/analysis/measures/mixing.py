@@ -244,9 +244,7 @@ def _follower(texts: int, by_depth: list[Tensor]) -> Callable[[Residual], None]:
     return follow
 
 
-def _later(
-    found: Float[np.ndarray, "texts depths positions"], changed: int
-) -> Float[np.ndarray, "texts depths"]:
+def _later(found: Float[np.ndarray, "texts depths positions"], changed: int) -> Float[np.ndarray, "texts depths"]:
     return found[..., changed + 1 :].mean(axis=-1)
 
 
