@@ -1,4 +1,4 @@
-"""The whole of `sinks bench gpu`: ceilings, decoding, attention, one after the other on one GPU."""
+"""The whole of `sinks bench gpu`: ceilings, attention, decoding, one after the other on one GPU."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ BUILT_IN = f"{DEFAULT_MODEL} (built in)"
 
 @dataclass(frozen=True)
 class GpuBench:
-    """What is measured: `models` name shapes, and the built-in model comes first where it is here.
+    """What is measured: `models` name shapes, and the built-in model comes last where it is here.
 
-    A decode burst is `steps` tokens; `rounds` of them, and of every call of attention, are timed.
+    Weights rounded as `quants` say take part under the first plan. A decode burst is `steps` tokens at most; `rounds`
+    of them, and of every call of attention, are timed.
     """
 
     models: tuple[str, ...] = tuple(SHAPES)
@@ -86,17 +87,12 @@ Keep = Callable[[Measured], object]
 
 
 def measure(bench: GpuBench, stage: Stage = unwatched, keep: Keep = lambda found: None) -> Measured:
-    """Measure what `bench` says on the GPU of this process; `keep` sees it grow, a model or a text at a time.
+    """Measure what `bench` says on the GPU of this process; `keep` sees it grow, a case or a text at a time.
 
     Raises InvalidInput where there is no GPU.
     """
     need_gpu("bench gpu")
     found = Measured(copy_rate(), product_rate())
-    if "decode" in bench.parts:
-        for candidate in candidates(bench, found.absent):
-            _decode(candidate, bench, found, stage)
-            _clear()
-            keep(found)
     if "attention" in bench.parts:
         listen = stage("attention", len(bench.texts) + len(bench.watched))
         for text in bench.texts:
@@ -111,6 +107,10 @@ def measure(bench: GpuBench, stage: Stage = unwatched, keep: Keep = lambda found
                 found.absent.append(f"statistics at {text.tokens:,} tokens: {error}")
             _clear()
             listen(1)
+    if "decode" in bench.parts:
+        for candidate in candidates(bench, found.absent):
+            _decode(candidate, bench, found, stage, keep)
+            _clear()
     found.absent, found.whole = list(dict.fromkeys(found.absent)), True
     keep(found)
     return found
@@ -126,7 +126,9 @@ class Candidate:
 
 
 def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
-    """The built-in model as it is, if it can be had, and the shapes with random weights."""
+    """The shapes with random weights, and the built-in model as it is, if it can be had."""
+    for name in bench.models:
+        yield Candidate(f"{name} shape", SHAPES[name].build)
     fetched = partial(load, dtype="bfloat16", device="cuda")
     try:
         fetched()
@@ -134,11 +136,9 @@ def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
         absent.append(f"{BUILT_IN}: {error}")
     else:
         yield Candidate(BUILT_IN, lambda: fetched().model, fetched)
-    for name in bench.models:
-        yield Candidate(f"{name} shape", SHAPES[name].build)
 
 
-def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage) -> None:
+def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage, keep: Keep) -> None:
     name, cases = candidate.name, list(product(bench.plans, bench.rows))
     listen = stage(name, len(cases) + 1)
     try:
@@ -148,7 +148,8 @@ def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage
         return
     ours = list(_packed(candidate, model, bench.quants, found.absent))
     for plan, rows in cases:
-        everybody = [*entrants(model, ours, plan, rows, bench.steps)]
+        ours_here = ours if plan == bench.plans[0] else ours[:1]
+        everybody = [*entrants(model, ours_here, plan, rows, bench.steps)]
         if candidate.load is not None and rows == 1:
             everybody.append(("sinks Session", partial(_session, candidate.load, plan, bench.steps)))
         ready = _ready(f"{name}, {rows} rows, window {plan.window:,}", everybody, found.absent)
@@ -156,9 +157,11 @@ def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage
             found.decoded += decode(name, ready, (plan, rows), found.copy_rate, bench.rounds)
         ready.clear()
         _clear()
+        keep(found)
         listen(1)
     if ours:
         found.flat[name] = flatness(ours[0], (bench.plans[0], bench.rows[0]), bench.steps, bench.rounds)
+    keep(found)
     listen(1)
 
 

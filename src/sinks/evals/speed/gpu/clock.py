@@ -18,6 +18,9 @@ WARM_UP = 3
 AHEAD = 2_000_000
 """Clock ticks, about a millisecond, that the device waits before a call is timed, so that the host gets ahead of it."""
 
+BURST = 150.0
+"""Milliseconds that a burst of steps may take: the slow would else have most of the time."""
+
 COPIED = 1 << 31
 """Bytes of the copy whose rate is the ceiling of decoding: many times the cache of any GPU."""
 
@@ -53,19 +56,26 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 def bursts(writers: Mapping[str, tuple[Callable[[int], Any], int]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds a step of each writer, one number a round, in turn; from the first launch until the device is done.
 
-    A writer is called with how many steps to make, and comes with how many it makes in a burst.
+    A writer is called with how many steps to make, and comes with how many it makes in a burst at most: as many as
+    fit `BURST`, and at least two.
     """
     times: dict[str, list[float]] = {name: [] for name in writers}
-    for run, _ in writers.values():
+    lengths = {}
+    for name, (run, most) in writers.items():
         run(2)
+        lengths[name] = min(max(int(BURST / _burst(run, 2)), 2), most)
     for _ in range(rounds):
-        for name, (run, steps) in writers.items():
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            run(steps)
-            torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - began) / steps)
+        for name, (run, _) in writers.items():
+            times[name].append(_burst(run, lengths[name]))
     return times
+
+
+def _burst(run: Callable[[int], Any], steps: int) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run(steps)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / steps
 
 
 def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:

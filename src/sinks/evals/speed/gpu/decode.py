@@ -18,6 +18,7 @@ from sinks.evals.speed.gpu.clock import bursts, captured
 from sinks.evals.speed.gpu.ring import ModuleSteps
 from sinks.evals.speed.gpu.shapes import ceiling, ring_bytes, weight_bytes
 from sinks.evals.speed.writers import Ours
+from sinks.models.attach import attach
 from sinks.models.families import describe
 from sinks.models.load import Loaded
 from sinks.models.step.blocks import why_not
@@ -189,6 +190,7 @@ class Seated:
 
 def sessions(loaded: Loaded, plan: Plan) -> Run:
     """`Session.generate` as a person calls it, sampler, text and all, once more than the window was read."""
+    attach(loaded.model)
     if why_not(loaded.model) is None:
         hasten(loaded.model)
     writer = Ours("Session", loaded, plan)
