@@ -193,3 +193,11 @@ def test_wrong_code_would_be_noticed() -> None:
     outs = [attend(*qkv, sinks=s, window=w, scoring=Scoring(0.5, r))[:, :, -1] for s, w, r in settings_]
     for a, b in itertools.combinations(outs, 2):
         assert (a - b).abs().max() > 1e-3
+
+
+def test_numbers_of_heads_may_be_views() -> None:
+    """A logit for all heads, a column of a table: kernels read one number behind the other."""
+    for views in (torch.zeros(1).expand(4), torch.arange(8.0).view(4, 2)[:, 1]):
+        scoring = Scoring(1.0, slopes=views, sink_logits=views)
+        for kept in (scoring.slopes, scoring.sink_logits):
+            assert kept is not None and kept.is_contiguous() and torch.equal(kept, views)

@@ -80,3 +80,9 @@ def test_room_grows_and_is_used_again() -> None:
     assert large.shape == (4, 5)
     assert room.of("scores", (2, 3), like).data_ptr() == large.data_ptr() != small.data_ptr()
     assert room.of("weights", (4, 5), like).data_ptr() != large.data_ptr()
+
+
+def test_room_is_of_one_kind() -> None:
+    room = Room()
+    room.of("scores", (3,), torch.zeros(1, dtype=torch.float64))
+    assert room.of("scores", (2,), torch.zeros(1)).dtype == torch.float32

@@ -49,7 +49,7 @@ class Sight:
 
     `scores` are what the softmax was given, -inf where a query does not see a key. `weights` are its result after
     every lens that bends it; they sum to one, less what sink logits took (`logit_mass`). Rows of pads mean nothing.
-    They are there for as long as a lens sees them, and another block is written over them then.
+    They are there for as long as a lens sees them, and another block is written over them then: keep copies.
     Before column `open` every query sees every key; `visible` is how many each sees in all.
     `query`, `key` and `value` are the heads that met, turned; a sink's score was made with another angle of the query.
     """
@@ -105,7 +105,7 @@ class Sight:
     def on(self, positions: Tensor) -> Float[Tensor, "batch heads queries wanted"]:
         """Weight on the keys that stand at these stream positions `[wanted]`; 0 where such a key is not there."""
         if torch.equal(self.view.keys[:1, : len(positions)], positions[None]) and len(self.view.keys) == 1:
-            return self.weights[..., : len(positions)]
+            return self.weights[..., : len(positions)].clone()
         match = (self.view.keys.unsqueeze(2) == positions).to(self.weights.dtype)
         return torch.einsum("bhqk,bkw->bhqw", self.weights, match)
 
@@ -163,7 +163,7 @@ class Room:
     def of(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Numbers of this name, of any value, in `shape`."""
         count, held = math.prod(shape), self._held.get(name)
-        if held is None or len(held) < count:
+        if held is None or len(held) < count or held.dtype != like.dtype:
             held = self._held[name] = like.new_empty(count)
         return held[:count].view(*shape)
 

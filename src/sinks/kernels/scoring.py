@@ -25,6 +25,11 @@ class Scoring:
     softcap: float | None = None
     sink_logits: Float[Tensor, " heads"] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("slopes", "sink_logits"):  # kernels read a number a head, one behind the other
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else given.contiguous())
+
     def of_heads(self, heads: range) -> Scoring:
         """The scoring of some of the query heads."""
         part = slice(heads.start, heads.stop)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sinks.errors import UnsupportedOption
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
-from sinks.models.step.device.step import DeviceModel
+from sinks.models.step.device.step import DeviceModel, DeviceStep
 from sinks.models.step.hasten import hasten
 from sinks.stream.engine import request as request_module
 from sinks.stream.engine import row as room
@@ -105,6 +105,34 @@ def test_the_host_reads_one_step_behind(loaded: Loaded, plain: Loaded) -> None:
         assert max(under_way) == 1 and under_way.count(1) > len(under_way) / 2 and not under_way[-1]
         for n, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
             assert (request.text(), request.tokens) == (alone(plain, prompt, 6 + 3 * n), 6 + 3 * n)
+
+
+def test_a_row_reads_its_own_token_where_another_stream_stood(loaded: Loaded, plain: Loaded) -> None:
+    """A graph of one row was last at the seat and position to which this row comes after steps of two."""
+    first, long, short = IDS[:5], IDS[5:10], IDS[10:15]
+    with engine(loaded, 2) as together:
+        together.submit(first, max_tokens=3).text()
+        requests = [together.submit(long, max_tokens=9), together.submit(short, max_tokens=3)]
+        together.run()
+        assert [each.text() for each in requests] == [alone(plain, long, 9), alone(plain, short, 3)]
+
+
+def test_a_launch_that_is_broken_off_is_not_built_on(
+    loaded: Loaded, plain: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C behind the launch and before it is noted: the GPU has chosen a token that the host does not know of."""
+    with engine(loaded, 1) as own:
+        request = own.submit(IDS[:5], max_tokens=12)
+        after(request, 3)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DeviceStep, "told", interrupted)
+            own.step()
+        own.run()
+        assert request.text() == alone(plain, IDS[:5], 12)
+
+
+def interrupted(step: DeviceStep) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_a_row_draws_does_not_depend_on_its_company(loaded: Loaded) -> None:

@@ -1,4 +1,4 @@
-"""The window through flash-attn-4 (an optional package; Hopper and newer), the sinks through a kernel of ours.
+"""The window through flash-attn-4 (an optional package; Hopper and newer), and the sinks with it.
 
 Its plain window is the fastest there is, and knows no sinks. They are merged by log-sum-exp: inside its kernel where
 `inside` can, elsewhere in a pass over the result of our own. Backward needs no merge: given the result and the

@@ -60,8 +60,3 @@ class Rows:
     def spread(self, figures: Float[Tensor, "heads tokens"]) -> Float[Tensor, "batch heads queries"]:
         """One figure a token and head, back in the batch; a pad gives 0."""
         return self.unpack(figures.t().unsqueeze(-1).contiguous()).squeeze(-1)
-
-    def firsts(self, count: int) -> Int[Tensor, "batch count"]:
-        """The places of the first `count` tokens of each row; past its end, of some other token."""
-        places = self.begins[:-1, None].long() + torch.arange(count, device=self.begins.device)
-        return places.clamp(max=self.tokens - 1)

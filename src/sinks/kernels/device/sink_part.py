@@ -94,20 +94,15 @@ def merge_sinks(
     window: tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "heads tokens"]],
     rows: Rows,
     band: Band,
-    some: range | None = None,
 ) -> None:
-    """Take sinks and sink logits into `window`, the result and log-sum-exp of the window alone, in place.
-
-    `some`: of these heads only.
-    """
+    """Take sinks and sink logits into `window`, the result and log-sum-exp of the window alone, in place."""
     if not band.sinks and logits is None:
         return
     out, log_sums = window
     tokens, heads, head_dim = out.shape
-    some = range(heads) if some is None else some
-    _merge[(triton.cdiv(rows.longest, MERGED), len(some), rows.batch)](
+    _merge[(triton.cdiv(rows.longest, MERGED), heads, rows.batch)](
         log_sums if scores is None else scores, value, out, log_sums, log_sums if logits is None else logits,
-        rows.begins, (band.window, band.scale * LOG2E), tokens, some.stop,
+        rows.begins, (band.window, band.scale * LOG2E), tokens, heads,
         HEADS=heads, GROUP=heads // value.shape[1], DIM=head_dim, QUERIES=MERGED, SINKS=band.sinks,
         LOGITS=logits is not None, num_warps=4,
     )  # fmt: skip

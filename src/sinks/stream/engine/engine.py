@@ -129,8 +129,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        if not self._flights.put_off(request):
-            self._end(request, "cancelled")
+        with self._lock:  # or a step that begins in between would build on its token
+            if not self._flights.put_off(request):
+                self._end(request, "cancelled")
         self.wake()
 
     @property
@@ -151,7 +152,7 @@ class Engine:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in all slots."""
-        return sum(row.cache.nbytes for row in self._places.rows())
+        return sum(row.nbytes for row in self._places.rows())
 
     # One step
 

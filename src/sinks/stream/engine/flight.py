@@ -12,6 +12,7 @@ any more. Two such tokens would be one too many, so a row flies on an unread tok
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ from sinks.stream.answer import Answer
 from sinks.stream.engine.request import Request
 from sinks.stream.engine.row import Ground, Row
 from sinks.stream.sampling import Sampler
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ class Flights:
         self._installed: dict[int, tuple[Sampler, int]] = {}  # by seat: who draws there, and the place it is at
         self._busy: set[Request] = set()
         self._cancelled: set[Request] = set()
+        self._broken_off = False  # a step may have been launched that nobody noted
+        self._failed = False
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -93,6 +98,11 @@ class Flights:
         except Exception:
             if len(self) > 1:
                 raise
+            if not self._failed:
+                LOG.exception(
+                    "a captured step could not be launched: this one, and others like it, go the ordinary way"
+                )
+                self._failed = True
             return False  # nothing has begun: the ordinary way finds out whose fault it is
         finally:
             with self._lock:
@@ -114,9 +124,12 @@ class Flights:
 
     def drop(self) -> None:
         """Forget all flights, once the GPU is done with them, and the step, whose graphs go with its seats."""
-        while self._under_way:
-            self._under_way.popleft().told.wait()
-        self._step, self._installed = None, {}
+        try:
+            while self._under_way:
+                self._under_way.popleft().told.wait()
+        finally:
+            self._under_way.clear()
+            self._step, self._installed = None, {}
 
     def _is_built_on(self, each: Aboard) -> bool:
         """Whether a later flight has read the token that this one chose."""
@@ -147,6 +160,10 @@ class Flights:
 
         False where there are none: what they have under way may be the last that they want.
         """
+        if self._broken_off:
+            self._installed = {}
+            if self._under_way:  # the newest token at a seat may be one further on than these
+                return False
         ahead, aboard, ids = self._ahead(), list[Aboard](), list[int]()
         for request, row in rows.items():
             answer, newest, place = request.answer, row.history.newest, row.history.seen
@@ -168,8 +185,10 @@ class Flights:
         assert step is not None
         self._install(step, aboard, seats)
         positions = [each.place - 1 for each in aboard]
+        self._broken_off = True
         step([*ids, *[0] * idle], [*seats, *[0] * idle], [*positions, *[-1] * idle])
         self._under_way.append(Flight(tuple(aboard), step.told()))
+        self._broken_off = False
         for each, seat in zip(aboard, seats, strict=True):
             self._installed[seat] = each.answer.sampler, each.place + 1
 

@@ -139,6 +139,11 @@ class Row:
         assert seat is not None  # it was admitted
         return seat.number
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self._cache.nbytes
+
     def note_read(self, seen: int) -> None:
         """A captured step has read the first `seen` tokens of this stream in all; `cache` hears of it when asked."""
         self._read = seen

@@ -106,6 +106,7 @@ def measure(bench: GpuBench, stage: Stage = unwatched, keep: Keep = lambda found
             except (SinksError, torch.cuda.OutOfMemoryError) as error:
                 found.absent.append(f"statistics at {text.tokens:,} tokens: {error}")
             _clear()
+            keep(found)
             listen(1)
     if "decode" in bench.parts:
         for candidate in candidates(bench, found.absent):

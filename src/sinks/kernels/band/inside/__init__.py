@@ -5,7 +5,8 @@ methods of flash-attn-4's kernel are overridden and nothing else of it. Before a
 scores and values are left in shared memory: registers are what the walk is short of, and one that held an address
 meanwhile would slow every step of it. When the tile has its window, normalised, it is scaled by the window's share of
 the whole softmax, and weights times the sinks' values are added by matrix instructions of a warp, whose registers lie
-like those of the tile. Weights are rounded to half precision for it, as flash-attn-4 rounds those of the window.
+like those of the tile. Weights are rounded to half precision for it, after they were normalised
+(flash-attn-4 rounds those of the window before).
 
 Scores are those found while heads were turned; where nothing is turned they are found here, from queries that are in
 shared memory anyway, and written for the backward pass.

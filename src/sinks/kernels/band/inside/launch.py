@@ -51,7 +51,10 @@ def why_not_inside(device: torch.device) -> str | None:
         version = "of no version"
     if version not in VERSIONS:
         return f"flash-attn-4 {version} is none of {', '.join(VERSIONS)}"
-    kernel = tools().kernel
+    try:
+        kernel = tools().kernel
+    except (ImportError, AttributeError) as error:  # another version of what flash-attn-4 stands on
+        return f"what its kernel is made of is not where it was known to be ({error})"
     for name, known in (("mma", MMA), ("epilogue", EPILOGUE)):
         if [*signature(getattr(kernel, name)).parameters][1:] != known:
             return f"{kernel.__name__}.{name} takes other arguments than those known"

@@ -169,6 +169,8 @@ class DeviceStep:
                 "each a row, and no more rows than seats"
             )
         program = self._program(power(count))
+        if program is not self._last:
+            program.placed = None  # seats have moved on without it, and what stands there may be another stream's
         program.place(ids, rows, positions)
         program(self.draws.are_plain(rows))
         self._last = program
