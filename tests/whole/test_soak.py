@@ -1,6 +1,7 @@
 """The soak in small: one session of the built-in model over the same text six times, no larger, slower or worse."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,18 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_memory_does_not_grow(result: dict[str, Any]):
-    """From a tenth of the stream on, as in the long run. Resident memory is about 1 GB, weights included."""
+    """From a tenth of the stream on, as in the long run. Resident memory is about 1 GB, weights included.
+
+    Medians of the first and the second half: the heap breathes by 25 MB from one look to the next, up and down.
+    """
     assert result["complete"]
-    assert result["measured"]["resident"][-1][0] == TOKENS
-    assert result["found"]["resident_growth"] < 0.02
+    resident = result["measured"]["resident"]
+    assert resident[-1][0] == TOKENS
+    early, late = (
+        statistics.median(held for seen, held in resident if begin <= seen / TOKENS < end)
+        for begin, end in ((0.1, 0.5), (0.5, 1.1))
+    )
+    assert late / early - 1 < 0.02
     assert result["cache_bytes"] == 256 * 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, head_dim, bytes
 
 
