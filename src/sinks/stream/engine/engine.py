@@ -129,9 +129,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        with self._lock:  # or a step that begins in between would build on its token
-            if not self._flights.put_off(request):
-                self._end(request, "cancelled")
+        self._flights.cancel(request)
         self.wake()
 
     @property

@@ -80,12 +80,13 @@ class Flights:
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def put_off(self, request: Request) -> bool:
-        """Whether this request is cancelled a little later, since a step builds on its token: once that is said."""
+    def cancel(self, request: Request) -> None:
+        """End this request; where a step builds on its token, once that is said."""
         with self._lock:
             if request in self._busy:
                 self._cancelled.add(request)
-            return request in self._busy
+            else:
+                self._cancel(request)
 
     def fly(self, rows: Mapping[Request, Row], size: int) -> bool:
         """Launch a step, and hand out what the one before has chosen. False where it could not be launched."""
