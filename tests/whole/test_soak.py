@@ -29,7 +29,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_memory_does_not_grow(result: dict[str, Any]):
     """From a tenth of the stream on, as in the long run. Resident memory is about 1 GB, weights included.
 
-    Medians of the first and the second half: the heap breathes by 25 MB from one look to the next, up and down.
+    Medians of the first and the second half: the heap breathes by 25 MB from one look to the next, up and down. They
+    lie half as far apart as a tenth and the end, so 1 % between them is 2 % there.
     """
     assert result["complete"]
     resident = result["measured"]["resident"]
@@ -38,7 +39,7 @@ def test_memory_does_not_grow(result: dict[str, Any]):
         statistics.median(held for seen, held in resident if begin <= seen / TOKENS < end)
         for begin, end in ((0.1, 0.5), (0.5, 1.1))
     )
-    assert late / early - 1 < 0.02
+    assert late / early - 1 < 0.01
     assert result["cache_bytes"] == 256 * 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, head_dim, bytes
 
 

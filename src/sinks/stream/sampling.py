@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sinks.errors import InvalidInput, SinksError, UnsupportedOption
 from sinks.kernels.device.language import why_no_triton
-from sinks.models.step.device.choice.draws import BIASES, HISTORY, Drawing, Draws
+from sinks.models.step.device.choice.draws import BIASES, HISTORY, Drawing, Draws, on_device
 from sinks.models.step.device.choice.noise import noise
 
 COLDEST = 1e-4
@@ -323,8 +323,3 @@ def drawn(
 def wide(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
     """Logits in at least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Small tensors of the host on the device, without waiting for what a GPU has still to do."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

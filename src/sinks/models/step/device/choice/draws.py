@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -99,25 +100,20 @@ class Draws:
         """From now on these seats choose so. `histories[i]`: the tokens before position `positions[i]`, newest last."""
         for seat, drawing in zip(seats, drawings, strict=True):
             (self._busy.discard if drawing.is_plain else self._busy.add)(seat)
+        sent = partial(on_device, device=self.device)
         with on(self.device):
-            places = self._sent(torch.tensor(seats))
-            self.reals.index_copy_(0, places, self._sent(torch.tensor([each.reals for each in drawings])))
+            places = sent(torch.tensor(seats))
+            self.reals.index_copy_(0, places, sent(torch.tensor([each.reals for each in drawings])))
             wholes = torch.tensor([each.wholes(self.vocab) for each in drawings])
-            self.wholes.index_copy_(0, places, self._sent(wholes))
+            self.wholes.index_copy_(0, places, sent(wholes))
             for seat, drawing, history, position in zip(seats, drawings, histories, positions, strict=True):
                 if drawing.lookback:
-                    self.recent[seat].copy_(self._sent(_ring(history, position)), non_blocking=True)
+                    self.recent[seat].copy_(sent(_ring(history, position)), non_blocking=True)
                 if drawing.bias:
                     here = slice(len(drawing.bias))
                     tokens, values = torch.tensor(list(drawing.bias)), torch.tensor(list(drawing.bias.values()))
-                    self.biased[seat, here].copy_(self._sent(tokens.int()), non_blocking=True)
-                    self.bias[seat, here].copy_(self._sent(values.float()), non_blocking=True)
-
-    def _sent(self, values: Tensor) -> Tensor:
-        """On the device, without waiting for what it has still to do."""
-        if self.device.type != "cuda":
-            return values
-        return values.pin_memory().to(self.device, non_blocking=True)
+                    self.biased[seat, here].copy_(sent(tokens.int()), non_blocking=True)
+                    self.bias[seat, here].copy_(sent(values.float()), non_blocking=True)
 
     def are_plain(self, seats: Iterable[int]) -> bool:
         """Whether all of these take the likeliest token of the logits as they are."""
@@ -157,6 +153,11 @@ class Draws:
                 self.measured, self.parts, self.tops, self.listed, self.newest, self.told, vocab, KNOWN=known,
                 GROUP=GROUP, BLOCK=8192, FEW=FEW, num_warps=16, **kept, **shape,
             )  # fmt: skip
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Small tensors of the host on the device, without waiting for what a GPU has still to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _ring(history: Sequence[int], position: int) -> Tensor:
