@@ -73,7 +73,7 @@ def test_what_times_come_to():
     decoded = Decoded("m", 64, 1020, "sinks", (2.0, 4.0, 3.0), 64_000.0)
     assert decoded.tokens_per_second == pytest.approx(64 / 0.003)
     assert decoded.share == pytest.approx(1 / 3)
-    assert Flatness(1, 1020, (1.0, 2.0, 4.0), (1.1, 2.0, 4.0)).ratio == 1
+    assert Flatness("m", 1, 1020, (1.0, 2.0, 4.0), (1.1, 2.0, 4.0)).ratio == 1
     text = Text(8, 3, 16)  # 4 sinks are assumed: 8 * 7 - 9 / 2 pairs
     assert Attended(text, "w", 1.0, 7.0).rates == pytest.approx((51.5 * 4 * 16 * 32 / 1e9, 51.5 * 2 * 16 * 32 / 1e9))
 
@@ -93,8 +93,11 @@ def test_everybody_takes_part_on_a_gpu():
     found = measure(bench)
     shape = [each for each in found.decoded if each.model == "SmolLM2-135M shape"]
     assert not [line for line in found.absent if line.startswith(("sinks", "its modules", "transformers"))]
-    assert {each.rows for each in shape} == {1, 8} and len({each.writer for each in shape}) == 4
+    names = ("sinks", "sinks, int8", "sinks, int4", "its modules over our rings, one graph")
+    writers = {*names, "transformers, one graph", "transformers generate()"}
+    assert {(each.rows, each.writer) for each in shape} == {(rows, name) for rows in (1, 8) for name in writers}
     assert all(0 < each.share < 1 for each in shape)
-    assert {"FlexAttention", "sinks, triton"} <= {each.way for each in found.attended}
-    assert found.flat["SmolLM2-135M shape"].ratio == pytest.approx(1, rel=0.5)
+    assert {"FlexAttention", "dense SDPA", "sinks, triton"} <= {each.way for each in found.attended}
+    assert {each.rows for each in found.flat if each.model == "SmolLM2-135M shape"} == {1, 8}
+    assert all(each.ratio == pytest.approx(1, rel=0.5) for each in found.flat)
     assert len(found.statistics) == 1

@@ -28,7 +28,11 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Measured:
             Decoded("a shape", 1, 1020, "sinks", (1.0, 1.25, 1.5), 1_000.0),
             Decoded("a shape", 64, 1020, "transformers, one graph", (6.4, 6.4), 40_000.0),
         ],
-        flat={"a shape": Flatness(1, 1020, (1.0, 1.0), (1.01, 1.01))},
+        flat=[
+            Flatness("a shape", 1, 1020, (1.0, 1.0), (1.01, 1.01)),
+            Flatness("a shape", 64, 1020, (2.0, 4.0), (1.98, 3.96)),
+            Flatness("another", 1, 1020, (1.0,), (1.0,)),
+        ],
         attended=[Attended(TEXT, "FlexAttention", 1.2, 6.0), Attended(TEXT, "sinks, flash", 0.6, 2.4)],
         statistics=[Statistics(TEXT, 2.0, 2.2)],
         absent=["sinks on [a shape]: no Triton"],
@@ -43,7 +47,11 @@ def test_every_number_is_in_the_document(found: Measured):
     assert first["milliseconds"] == [1.0, 1.25, 1.5]
     assert first["tokens_per_second"] == 800.0 and first["share_of_ceiling"] == 0.8
     assert second["tokens_per_second"] == 10_000.0 and second["share_of_ceiling"] == 0.25
-    assert told["flat"]["a shape"]["ratio"] == 1.01
+    assert [(each["model"], each["rows"], each["ratio"]) for each in told["flat"]] == [
+        ("a shape", 1, 1.01),
+        ("a shape", 64, 0.99),
+        ("another", 1, 1.0),
+    ]
     assert told["attention"][1]["way"] == "sinks, flash" and told["attention"][1]["tokens"] == 16_384
     assert told["attention"][1]["forward_useful_TFLOP_s"] == pytest.approx(TEXT.operations / 0.6e9, abs=0.1)
     assert told["attention"][1]["both_useful_TFLOP_s"] == pytest.approx(3.5 * TEXT.operations / 2.4e9, abs=0.1)
@@ -62,7 +70,8 @@ def test_the_tables_say_it_in_words(found: Measured):
     assert "transformers, one graph 64 1,020 10,000 6.400 25%" in lines
     assert any(line.startswith("sinks, flash 0.600") and line.count("2.00x") == 1 and "2.50x" in line for line in lines)
     assert "copies 4.20 TB/s, bfloat16 products 750 TFLOP/s" in lines
-    assert "a shape: a step at position 10,000,000 takes 1.010 times one at 5,000" in lines
+    assert "a shape: a step at position 10,000,000 takes 0.990 to 1.010 times one at 5,000" in lines
+    assert "another: a step at position 10,000,000 takes 1.000 times one at 5,000" in lines
     assert any(line.endswith("1.10 times the forward pass without them") for line in lines)
     assert "sinks on [a shape]: no Triton" in shown
     assert "torch 9.9, triton 8.8" in shown

@@ -17,7 +17,7 @@ from sinks.evals.speed.gpu.clock import machine
 from sinks.evals.speed.gpu.decode import FAR, NEAR, Decoded
 from sinks.reading.provenance import now
 
-SCHEMA = 1
+SCHEMA = 2
 OURS = "sinks"
 BAR = "FlexAttention"
 
@@ -44,7 +44,7 @@ def gpu_document(bench: GpuBench, found: Measured) -> dict[str, Any]:
         "definitions": DEFINITIONS,
         "ceilings": {"copy_TB_s": round(found.copy_rate, 3), "product_TFLOP_s": round(found.product_rate, 1)},
         "decode": [_decoded(each) for each in found.decoded],
-        "flat": {name: asdict(each) | {"ratio": round(each.ratio, 4)} for name, each in found.flat.items()},
+        "flat": [asdict(each) | {"ratio": round(each.ratio, 4)} for each in found.flat],
         "attention": [_attended(each) for each in found.attended],
         "statistics": [
             asdict(each.text)
@@ -132,8 +132,10 @@ def _attention_table(attended: Sequence[Attended]) -> Table:
 
 def _words(found: Measured) -> list[str]:
     lines = [f"copies {found.copy_rate:.2f} TB/s, bfloat16 products {found.product_rate:.0f} TFLOP/s"]
-    for name, each in found.flat.items():
-        lines.append(f"{name}: a step at position {FAR:,} takes {each.ratio:.3f} times one at {NEAR:,}")
+    for name in dict.fromkeys(each.model for each in found.flat):
+        ratios = sorted(each.ratio for each in found.flat if each.model == name)
+        told = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in (ratios[0], ratios[-1])))
+        lines.append(f"{name}: a step at position {FAR:,} takes {told} times one at {NEAR:,}")
     for each in found.statistics:
         text = each.text
         lines.append(

@@ -2,7 +2,8 @@
 
 Useful TFLOP/s count visible pairs only: 4 d H pairs forward, 3.5 times that forward and backward. Heads are turned
 already, but for `turning too`, which is the whole of `attend` from unturned heads. `FlexAttention` has sinks and window
-as one mask and is the bar; flash-attn-4's plain window has no sinks and is the ceiling.
+as one mask and is the bar; flash-attn-4's plain window has no sinks and is the ceiling; dense SDPA sees every key, as a
+model without a window does, and is credited with the visible pairs alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as dense
 
 from sinks.evals.speed.gpu.clock import in_turn
 from sinks.kernels import Rotary, Scoring, attend, attend_measured
@@ -22,6 +24,7 @@ from sinks.kernels.band import flash
 SINKS, HEADS, KV_HEADS = 4, 32, 8
 
 Way = Callable[[], Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,17 @@ def scorings(text: Text) -> tuple[Scoring, Scoring]:
 
 
 def ways(text: Text, heads: list[Tensor], absent: list[str]) -> dict[str, Way]:
-    """Every way to the same result, as a call, and the plain window; `absent` is told who cannot come."""
+    """Every way to the same result, and those that see other keys, as calls; `absent` is told who cannot come."""
     query, key, value = heads
     sizes: dict[str, Any] = {"sinks": SINKS, "window": text.window}
     turned, unturned = scorings(text)
 
-    def batch() -> list[Tensor]:
-        return [part[None].transpose(1, 2) for part in heads]
+    def batch() -> Batch:
+        return query[None].transpose(1, 2), key[None].transpose(1, 2), value[None].transpose(1, 2)
 
     found = {
         "FlexAttention": flex_way(batch, text),
+        "dense SDPA": lambda: dense(*batch(), is_causal=True, scale=turned.scale, enable_gqa=True),
         "sinks, triton": lambda: attend(*batch(), **sizes, scoring=turned, impl="triton"),
         "sinks, triton, turning too": lambda: attend(*batch(), **sizes, scoring=unturned, impl="triton"),
     }
@@ -103,7 +107,7 @@ def ways(text: Text, heads: list[Tensor], absent: list[str]) -> dict[str, Way]:
     }
 
 
-def flex_way(batch: Callable[[], list[Tensor]], text: Text) -> Way:
+def flex_way(batch: Callable[[], Batch], text: Text) -> Way:
     """FlexAttention, compiled, with sinks and window as one mask."""
     calls = importlib.import_module("torch.nn.attention.flex_attention")
     window = text.window
@@ -145,7 +149,7 @@ def _works(name: str, way: Way, text: Text, absent: list[str]) -> bool:
 
 
 def in_order_of(out: Tensor, given: Tensor) -> Tensor:
-    """The gradient in the order of axes of a result: tokens before heads, or FlexAttention's other way round."""
+    """The gradient in the order of axes of a result: tokens before heads, or the other way round, as PyTorch has it."""
     return given.view(out.shape) if out.shape[-2] == HEADS else given[None].transpose(1, 2)
 
 

@@ -17,6 +17,7 @@ from sinks.errors import InvalidInput, SinksError
 from sinks.evals.speed.gpu.band import Attended, Statistics, Text, attended, statistics_cost
 from sinks.evals.speed.gpu.clock import copy_rate, need_gpu, product_rate
 from sinks.evals.speed.gpu.decode import (
+    Case,
     Decoded,
     Entrant,
     Flatness,
@@ -34,6 +35,7 @@ from sinks.models.weights.quantize import QUANTS, Quant, quantize
 from sinks.types import Stage, unwatched
 
 PARTS = ("decode", "attention")
+NO_ROOM = "its memory does not fit beside the others'"
 BUILT_IN = f"{DEFAULT_MODEL} (built in)"
 
 
@@ -74,7 +76,7 @@ class Measured:
     copy_rate: float
     product_rate: float
     decoded: list[Decoded] = field(default_factory=list)
-    flat: dict[str, Flatness] = field(default_factory=dict)
+    flat: list[Flatness] = field(default_factory=list)
     attended: list[Attended] = field(default_factory=list)
     statistics: list[Statistics] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -141,7 +143,7 @@ def candidates(bench: GpuBench, absent: list[str]) -> Iterator[Candidate]:
 
 def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage, keep: Keep) -> None:
     name, cases = candidate.name, list(product(bench.plans, bench.rows))
-    listen = stage(name, len(cases) + 1)
+    listen = stage(name, len(cases))
     try:
         model = candidate.build()
     except (SinksError, torch.cuda.OutOfMemoryError) as error:
@@ -149,21 +151,26 @@ def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage
         return
     ours = list(_packed(candidate, model, bench.quants, found.absent))
     for plan, rows in cases:
-        ours_here = ours if plan == bench.plans[0] else ours[:1]
-        everybody = [*entrants(model, ours_here, plan, rows, bench.steps)]
-        if candidate.load is not None and rows == 1:
-            everybody.append(("sinks Session", partial(_session, candidate.load, plan, bench.steps)))
-        ready = _ready(f"{name}, {rows} rows, window {plan.window:,}", everybody, found.absent)
-        if ready:
-            found.decoded += decode(name, ready, (plan, rows), found.copy_rate, bench.rounds)
-        ready.clear()
+        _case(Case(name, model, plan, rows), ours if plan == bench.plans[0] else ours[:1], candidate, bench, found)
         _clear()
         keep(found)
         listen(1)
-    if ours:
-        found.flat[name] = flatness(ours[0], (bench.plans[0], bench.rows[0]), bench.steps, bench.rounds)
-    keep(found)
-    listen(1)
+
+
+def _case(case: Case, ours: Sequence[Packed], candidate: Candidate, bench: GpuBench, found: Measured) -> None:
+    everybody = [*entrants(case, ours, bench.steps)]
+    if candidate.load is not None and case.rows == 1:
+        everybody.append(("sinks Session", partial(_session, candidate.load, case.plan, bench.steps)))
+    ready = _ready(case, everybody, found.absent)
+    while ready:
+        try:
+            found.decoded += decode(case, ready, found.copy_rate, bench.rounds)
+            break
+        except torch.cuda.OutOfMemoryError:  # the last to come keeps everything that it writes
+            found.absent.append(f"{ready.popitem()[0]} on {case}: {NO_ROOM}")
+        _clear()
+    if ours and ours[0].name in ready:
+        found.flat.append(flatness(case, ours[0], bench.steps, bench.rounds))
 
 
 def _session(load: Callable[[], Loaded], plan: Plan, steps: int) -> Writer:
@@ -185,7 +192,7 @@ def _packed(
             absent.append(f"{name} on {candidate.name}: {error}")
 
 
-def _ready(case: str, everybody: Iterable[Entrant], absent: list[str]) -> dict[str, Writer]:
+def _ready(case: Case, everybody: Iterable[Entrant], absent: list[str]) -> dict[str, Writer]:
     """Those who come to the start: whoever fails there is absent, with the reason."""
     ready: dict[str, Writer] = {}
     for who, prepare in everybody:
@@ -194,7 +201,7 @@ def _ready(case: str, everybody: Iterable[Entrant], absent: list[str]) -> dict[s
             ready[who].run(2)
         except torch.cuda.OutOfMemoryError:
             ready.pop(who, None)
-            absent.append(f"{who} on {case}: its memory does not fit beside the others'")
+            absent.append(f"{who} on {case}: {NO_ROOM}")
         except Exception as error:  # a peer may fail in any way, and the others shall still be measured
             ready.pop(who, None)
             reason = next(iter(str(error).splitlines()), "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class Decoded:
 class Flatness:
     """Milliseconds a step of ours, by round, at positions `NEAR` and `FAR`."""
 
+    model: str
     rows: int
     window: int
     near: tuple[float, ...]
@@ -160,12 +161,11 @@ class Packed:
 
 
 class Seated:
-    """Our step over random rings, at any position of the stream."""
+    """Our step over rings of `rows` streams, at any position of them."""
 
-    def __init__(self, ours: Packed, plan: Plan, rows: int) -> None:
+    def __init__(self, ours: Packed, seats: Seats, rows: int) -> None:
         model = ours.model
-        self._seats = random_seats(model, plan, rows)
-        self._step = ours.weights.step(self._seats)
+        self._step = ours.weights.step(seats)
         self._rows = list(range(rows))
         self._ids: Tensor = torch.randint(model.config.vocab_size, (rows,), device=model.device)
         self.stand_at(NEAR)
@@ -214,35 +214,64 @@ def random_seats(model: PreTrainedModel, plan: Plan, rows: int) -> Seats:
     )
 
 
-def entrants(model: PreTrainedModel, ours: Sequence[Packed], plan: Plan, rows: int, steps: int) -> Iterator[Entrant]:
+def rings_of(seats: Seats) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, of rings that are not rounded."""
+    return [(keys, values) for keys, values in seats.rings]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model under a plan with so many rows; all of ours work in one room, `seats`, claimed when the first comes."""
+
+    name: str
+    model: PreTrainedModel
+    plan: Plan
+    rows: int
+
+    @cached_property
+    def seats(self) -> Seats:
+        """Random rings: what is in them costs no time."""
+        return random_seats(self.model, self.plan, self.rows)
+
+    def seated(self, ours: Packed) -> Seated:
+        """Our step in them."""
+        return Seated(ours, self.seats, self.rows)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} rows, window {self.plan.window:,}"
+
+
+def entrants(case: Case, ours: Sequence[Packed], steps: int) -> Iterator[Entrant]:
     """Everybody by name, and how to bring them to the start; a burst is `steps`, but for those that a host drives."""
+    model, plan, rows = case.model, case.plan, case.rows
     rings = ring_bytes(model, plan, rows)
+
+    def writer(one: Packed) -> Writer:
+        return Writer(case.seated(one).run, steps, weight_bytes(one.model) + rings)
+
     for one in ours:
-        yield one.name, partial(_ours, one, (plan, rows), steps, weight_bytes(one.model) + rings)
+        yield one.name, partial(writer, one)
     read = weight_bytes(model) + rings
-    others: dict[str, Callable[[], Writer]] = {
-        "its modules over our rings, one graph": lambda: Writer(ModuleSteps(model, plan, rows, NEAR).run, steps, read),
-        "transformers, one graph": lambda: Writer(StaticSteps(model, rows, plan.capacity).run, steps, read),
-        "transformers generate()": lambda: Writer(Generate(model, rows, plan.capacity).run, SLOW, read),
+    others: dict[str, Callable[[], Run]] = {
+        "its modules over our rings, one graph": lambda: ModuleSteps(model, plan, rows, NEAR, rings_of(case.seats)).run,
+        "transformers, one graph": lambda: StaticSteps(model, rows, plan.capacity).run,
+        "transformers generate()": lambda: Generate(model, rows, plan.capacity).run,
     }
-    yield from others.items()
+    for name, prepare in others.items():
+        burst = SLOW if name.endswith("generate()") else steps
+        yield name, lambda prepare=prepare, burst=burst: Writer(prepare(), burst, read)
 
 
-def _ours(one: Packed, case: tuple[Plan, int], steps: int, read: int) -> Writer:
-    return Writer(Seated(one, *case).run, steps, read)
-
-
-def decode(name: str, writers: Mapping[str, Writer], case: tuple[Plan, int], rate: float, rounds: int) -> list[Decoded]:
-    """Let the writers take turns; `case` is the plan and the rows, `rate` the copy rate of this run in TB/s."""
-    plan, rows = case
+def decode(case: Case, writers: Mapping[str, Writer], rate: float, rounds: int) -> list[Decoded]:
+    """Let the writers take turns; `rate` is the copy rate of this run in TB/s."""
+    rows, window = case.rows, case.plan.window
     times = bursts({who: (each.run, each.burst) for who, each in writers.items()}, rounds)
     most = {who: ceiling(each.read, rows, rate) for who, each in writers.items()}
-    return [Decoded(name, rows, plan.window, who, tuple(each), most[who]) for who, each in times.items()]
+    return [Decoded(case.name, rows, window, who, tuple(each), most[who]) for who, each in times.items()]
 
 
-def flatness(ours: Packed, case: tuple[Plan, int], steps: int, rounds: int) -> Flatness:
-    """Our step early and late in the stream, in turn; `case` is the plan and the rows."""
-    plan, rows = case
-    seated = Seated(ours, plan, rows)
+def flatness(case: Case, ours: Packed, steps: int, rounds: int) -> Flatness:
+    """Our step early and late in the stream, in turn."""
+    seated = case.seated(ours)
     times = bursts({"near": (seated.run_at(NEAR), steps), "far": (seated.run_at(FAR), steps)}, rounds)
-    return Flatness(rows, plan.window, tuple(times["near"]), tuple(times["far"]))
+    return Flatness(case.name, case.rows, case.plan.window, tuple(times["near"]), tuple(times["far"]))

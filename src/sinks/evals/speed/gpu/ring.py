@@ -23,14 +23,19 @@ from sinks.kernels import Scoring, Step, attend_step
 from sinks.models.attach import attach
 from sinks.models.families import describe
 
+Rings = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values of every layer, `[rows, kv_heads, sinks + window, head_dim]`."""
+
 
 class OpenStream(Cache):
     """Rings of `rows` streams of an attached model, random to begin with, that stand at `position`.
 
-    For measuring, and for passes of one token a row alone.
+    For measuring, and for passes of one token a row alone. `rings` are given where they are there already.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, rows: int, position: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, rows: int, position: int, rings: Rings | None = None
+    ) -> None:
         scheme = describe(model)
         if scheme.slopes is not None or any(layer.own_window is not None for layer in scheme.layers):
             raise UnsupportedOption("an open stream is for models with one rotary and no window of their own")
@@ -40,7 +45,7 @@ class OpenStream(Cache):
         super().__init__(layers=list(layers))
         self.plan = plan
         self.positions = torch.full((rows,), position, dtype=torch.int64, device=model.device)
-        self.rings: list[tuple[Tensor, Tensor] | None] = [None] * len(scheme.layers)
+        self.rings: list[tuple[Tensor, Tensor] | None] = list(rings or [None] * len(scheme.layers))
         self._steps: list[Step | None] = [None] * len(scheme.layers)
         self._rotary = scheme.rotaries(plan.capacity)[str(scheme.layers[0].rotary)]
 
@@ -87,8 +92,10 @@ class OpenStream(Cache):
 class ModuleSteps:
     """Greedy steps of a model's own modules over an `OpenStream`, in one CUDA graph."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, rows: int, position: int) -> None:
-        self.stream = OpenStream(attach(model), plan, rows, position)
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, rows: int, position: int, rings: Rings | None = None
+    ) -> None:
+        self.stream = OpenStream(attach(model), plan, rows, position, rings)
         self.ids = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
         self.logits: Tensor = torch.empty(0)
         self._model = model

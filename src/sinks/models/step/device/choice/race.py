@@ -22,6 +22,13 @@ from sinks.models.step.device.products import ahead, begin
 
 
 @jit
+def logits_of(logits: Value, row: Value, chunk: Value, vocab: Value, CHUNK: constexpr) -> Value:
+    """The tokens of a chunk and a row's logits of them."""
+    n = chunk * CHUNK + tl.arange(0, CHUNK)
+    return n, tl.load(logits + row.to(tl.int64) * vocab + n, mask=n < vocab, other=float("-inf"))
+
+
+@jit
 def measure(
     logits: Value, rows: Value, positions: Value, reals: Value, wholes: Value, measured: Value, tops: Value,
     vocab: Value, KNOWN: constexpr, CHUNK: constexpr, GROUP: constexpr, PLACES: constexpr, PDL: constexpr,
@@ -36,8 +43,7 @@ def measure(
     seat = tl.load(rows + row)
     wanted = (tl.load(reals + seat * 8) > 0) | is_changed(wholes, seat) | (not KNOWN)
     if (tl.load(positions + row) >= 0) & wanted:
-        n = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + row.to(tl.int64) * vocab + n, mask=n < vocab, other=float("-inf"))
+        n, x = logits_of(logits, row, chunk, vocab, CHUNK)
         x = tl.where(x != x, float("inf"), x)  # what is no number must not be overlooked
         tl.store(measured + row * PLACES + chunk, packed_best(x, n))
         if tl.load(wholes + seat * 8) > 0:
@@ -84,8 +90,7 @@ def race(
     if races(rows, positions, reals, wholes, most, FEW):
         seat, place = tl.load(rows + row), tl.load(positions + row) + 1
         temperature, _, min_p, _ = settings_of(reals, wholes, seat)
-        n = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + row.to(tl.int64) * vocab + n, mask=n < vocab, other=float("-inf"))
+        n, x = logits_of(logits, row, chunk, vocab, CHUNK)
         seed = tl.load(wholes + seat * 8 + 3)
         key, weight = keys_of(x, most, chunk * CHUNK, seed, place, temperature, min_p, CHUNK)
         best, token = best_of(key, n)
@@ -123,6 +128,13 @@ def is_kept(parts: Value, row: Value, chunks: Value, weight: Value, top_p: Value
 
 
 @jit
+def _is_cut(rows: Value, positions: Value, reals: Value, wholes: Value, most: Value, FEW: constexpr) -> Value:
+    """Whether the winner of this program's row may have to go: its tokens race, and top-k or top-p keeps some only."""
+    _, top_p, _, k = settings_of(reals, wholes, tl.load(rows + tl.program_id(0)))
+    return races(rows, positions, reals, wholes, most, FEW) & ((top_p < 1) | (k > 0))
+
+
+@jit
 def _rejected(
     own: Value, parts: Value, row: Value, most: Value, temperature: Value, top_p: Value, k: Value, vocab: Value,
     CHUNK: constexpr, PLACES: constexpr,
@@ -143,7 +155,7 @@ def verify(
     row, chunk = tl.program_id(0), tl.program_id(1)
     most = largest(measured, row, PLACES)
     temperature, top_p, _, k = settings_of(reals, wholes, tl.load(rows + row))
-    if races(rows, positions, reals, wholes, most, FEW) & ((top_p < 1) | (k > 0)):
+    if _is_cut(rows, positions, reals, wholes, most, FEW):
         own, part = logits + row.to(tl.int64) * vocab, tl.num_programs(0) * PLACES
         wanted = True
         if SECOND:
@@ -152,8 +164,7 @@ def verify(
         if wanted:
             token = winner(parts, row, tl.num_programs(1), vocab, PLACES)
             floor = tl.load(own + token)
-            n = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(own + n, mask=n < vocab, other=float("-inf"))
+            n, x = logits_of(logits, row, chunk, vocab, CHUNK)
             weight = tl.exp((x - most) / temperature)
             here = parts + row * PLACES + chunk
             tl.store(here + 3 * part, tl.sum(tl.where(is_above(x, n, floor, token), weight, 0.0), 0))
@@ -171,7 +182,7 @@ def race_again(
     row, chunk = tl.program_id(0), tl.program_id(1)
     most = largest(measured, row, PLACES)
     temperature, top_p, min_p, k = settings_of(reals, wholes, tl.load(rows + row))
-    if races(rows, positions, reals, wholes, most, FEW) & ((top_p < 1) | (k > 0)):
+    if _is_cut(rows, positions, reals, wholes, most, FEW):
         own, part = logits + row.to(tl.int64) * vocab, tl.num_programs(0) * PLACES
         here = parts + row * PLACES + chunk
         again = here + 5 * part
@@ -179,8 +190,7 @@ def race_again(
             tl.store(again + each * part, tl.load(here + each * part))
         if (k == 0) & _rejected(own, parts, row, most, temperature, top_p, k, vocab, CHUNK, PLACES):
             than = winner(parts, row, tl.num_programs(1), vocab, PLACES)
-            n = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(own + n, mask=n < vocab, other=float("-inf"))
+            n, x = logits_of(logits, row, chunk, vocab, CHUNK)
             seed, place = tl.load(wholes + tl.load(rows + row) * 8 + 3), tl.load(positions + row) + 1
             key, _ = keys_of(x, most, chunk * CHUNK, seed, place, temperature, min_p, CHUNK)
             best, token = best_of(tl.where(is_above(x, n, tl.load(own + than), than), key, float("-inf")), n)
