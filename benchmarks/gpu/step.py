@@ -10,6 +10,7 @@ for all of them. `statistics` is the same with sink mass, entropy and maximum; `
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
-    rows = [measure(*case, window, given.rounds) for case in CASES for window in WINDOWS]
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     print(machine)
-    for row in rows:
-        print(row)
+    rows = []
+    for case, window in itertools.product(CASES, WINDOWS):
+        rows.append(measure(*case, window, given.rounds))
+        print(rows[-1], flush=True)
+    given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 def measure(batch: int, heads: int, kv_heads: int, head_dim: int, window: int, rounds: int) -> dict[str, Any]:

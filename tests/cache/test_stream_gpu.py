@@ -38,6 +38,7 @@ def test_a_stream_is_the_same_on_both(name: str) -> None:
         assert difference < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between flash-attn-4 and what it stands on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_operator_in_lower_precision(dtype: torch.dtype, head_dim: int) -> None:

@@ -85,6 +85,7 @@ def test_without_a_gpu_it_says_so():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of flash-attn-4 and FlexAttention, about themselves
 def test_everybody_takes_part_on_a_gpu():
     text = Text(2_048, 256, 64)
     bench = GpuBench(

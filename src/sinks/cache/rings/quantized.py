@@ -38,7 +38,8 @@ def encode(
     A token with a number that is not finite has such a scale, so that it cannot pass for a sound one.
     """
     wide = heads.to(table_dtype(heads.dtype))
-    scales = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST).float()
+    peaks = wide.abs().amax(dim=-1, keepdim=True)
+    scales = (peaks / torch.full_like(peaks, LARGEST)).float()  # by a number, a GPU multiplies with its inverse
     codes = (wide / scales.where(scales > 0, 1)).round_().clamp_(-LARGEST, LARGEST)
     return codes.to(torch.int8), scales
 

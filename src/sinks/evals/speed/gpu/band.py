@@ -23,6 +23,7 @@ from sinks.kernels.band import flash
 
 SINKS, HEADS, KV_HEADS = 4, 32, 8
 
+Call = Callable[[], object]
 Way = Callable[[], Tensor]
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -125,22 +126,23 @@ def attended(text: Text, rounds: int, absent: list[str]) -> list[Attended]:
     """Forward, and forward and backward, of every way that works here; `absent` is told the others."""
     *heads, given = heads_of(text)
     found = ways(text, heads, absent)
+
+    def both(way: Way) -> Call:
+        return lambda: torch.autograd.grad(out := way(), heads, in_order_of(out, given))
+
     with torch.no_grad():
         able = {name: way for name, way in found.items() if _works(name, way, text, absent)}
         ahead = in_turn(able, rounds)
     for part in heads:
         part.requires_grad_()
-
-    def both(way: Way) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(out := way(), heads, in_order_of(out, given))
-
-    whole = in_turn({name: both(way) for name, way in able.items()}, rounds)
-    return [Attended(text, name, ahead[name], whole[name]) for name in able]
+    back = {name: both(way) for name, way in able.items()}
+    whole = in_turn({name: call for name, call in back.items() if _works(name, call, text, absent)}, rounds)
+    return [Attended(text, name, ahead[name], time) for name, time in whole.items()]
 
 
-def _works(name: str, way: Way, text: Text, absent: list[str]) -> bool:
+def _works(name: str, call: Call, text: Text, absent: list[str]) -> bool:
     try:
-        way()
+        call()
     except Exception as error:  # a peer may fail in any way, and the others shall still be measured
         reason = next(iter(str(error).splitlines()), "")
         absent.append(f"{name}, {text.tokens:,} tokens, d {text.head_dim}: {type(error).__name__}: {reason}")
