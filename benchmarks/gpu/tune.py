@@ -1,8 +1,9 @@
 """Which tiles make a whole decode step fastest: one product after the other, all else as it is.
 
-    python -m benchmarks.gpu.tune --cases 1B:1 1B:64 1B:1:int8
+    python benchmarks/gpu/tune.py --cases Llama-3.2-1B:1 Llama-3-8B:64 Llama-3.2-1B:1:int8
 
-What wins belongs into `tiles_for` (models/step/device/linear.py).
+Random weights, rings of 4 + 1,020 keys. What wins belongs into `tiles_for` (models/step/device/linear.py). Products of
+every try are held to those of the tiles that are chosen today.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.decode import build, replay, seats_of
+from sinks.cache.plan import Plan
+from sinks.evals.speed.gpu.decode import random_seats
+from sinks.evals.speed.gpu.shapes import SHAPES
 from sinks.models.step.device.linear import Product, Tiles, tiles_for
 from sinks.models.step.device.step import PLACES, Chain, DeviceModel, DeviceStep, chain_for
 from sinks.models.step.device.weights import DeviceWeights
 from sinks.models.weights.quantize import quantize
 
-NEAR = 2_000
+NEAR, PLAN = 2_000, Plan(4, 1_020)
 
 
 def _all(*each: tuple[int, int, int]) -> list[Tiles]:
@@ -28,14 +32,14 @@ def _all(*each: tuple[int, int, int]) -> list[Tiles]:
 
 
 ONE = {
-    "1B": {
+    "Llama-3.2-1B": {
         "out": _all((2, 1024, 4), (4, 2048, 8), (8, 1024, 4)),
         "gate_up": _all((8, 1024, 8), (16, 1024, 8), (8, 512, 2), (8, 512, 4), (16, 512, 4), (4, 512, 2)),
         "down": _all((4, 1024, 4), (8, 1024, 4), (8, 512, 4), (8, 1024, 8), (4, 2048, 4)),
         "qkv": _all((4, 1024, 2), (8, 1024, 8), (8, 512, 4), (2, 1024, 2)),
         "head": _all((16, 512, 4), (8, 512, 4), (8, 256, 1), (16, 256, 2)),
     },
-    "135M": {
+    "SmolLM2-135M": {
         "out": _all((4, 1024, 2), (4, 2048, 4), (8, 1024, 4)),
         "gate_up": _all((4, 1024, 8), (8, 1024, 8), (2, 1024, 4)),
         "down": _all((4, 2048, 8), (2, 2048, 8), (2, 2048, 4)),
@@ -56,8 +60,9 @@ MANY = [
     Tiles(64, 64, 4, 6),
 ]  # fmt: skip
 BIG = [
-    Tiles(64, 64, 4, 5, True), Tiles(128, 64, 8, 4, True, rows=128), Tiles(128, 64, 8, 4, rows=128),
-    Tiles(64, 64, 8, 4, True, rows=256), Tiles(128, 64, 8, 3, True, rows=256),
+    Tiles(64, 64, 4, 5, True), Tiles(64, 64, 4, 5, True, rows=128), Tiles(128, 64, 8, 4, True, rows=128),
+    Tiles(128, 64, 8, 4, rows=128), Tiles(128, 128, 8, 2, True, rows=128), Tiles(64, 64, 8, 4, True, rows=256),
+    Tiles(128, 64, 8, 3, True, rows=256),
 ]  # fmt: skip
 CHAINS = (Chain(1, False), Chain(1, True), Chain(2, True))
 
@@ -65,25 +70,26 @@ CHAINS = (Chain(1, False), Chain(1, True), Chain(2, True))
 def main() -> None:
     """Print a line for each try."""
     parser = argparse.ArgumentParser(description="Tiles of the products of a decode step.")
-    parser.add_argument("--cases", nargs="+", required=True, help="shape, rows, and weights, as 1B:64:int8")
+    parser.add_argument("--cases", nargs="+", required=True, help="shape, rows, and weights, as Llama-3-8B:64:int8")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warm", action="store_true", help="only compile")
     given = parser.parse_args()
     for case in given.cases:
         shape, rows, quant = (*case.split(":"), "none")[:3]
-        model = quantize(build(shape), quant)
+        model = quantize(SHAPES[shape].build(), quant)
         print(case, flush=True)
-        if given.warm:
-            warm(parts(DeviceModel(model).weights), (shape, int(rows), quant))
-        else:
-            tune(model, (shape, int(rows), quant), given.rounds)
+        warm(parts(DeviceModel(model).weights), (shape, int(rows), quant))
+        tune(model, (shape, int(rows), quant), given.rounds)
 
 
 def candidates(name: str, product: Product, case: tuple[str, int, str]) -> list[Tiles]:
     """What may be worth a try."""
     shape, rows, quant = case
     if rows == 1:
-        return PACKED["int8" if product.bits == 8 else "int4"] if quant != "none" else ONE[shape][name]
+        return (
+            PACKED["int8" if product.bits == 8 else "int4"]
+            if quant != "none"
+            else ONE.get(shape, ONE["Llama-3.2-1B"])[name]
+        )
     tiles = FEW if rows <= 16 else MANY if rows <= 64 else BIG
     if not product.splits:
         return tiles
@@ -102,7 +108,7 @@ def parts(weights: DeviceWeights) -> dict[str, Product]:
 def tune(model: Any, case: tuple[str, int, str], rounds: int) -> None:
     """One product after the other."""
     rows = case[1]
-    weights, seats = DeviceModel(model).weights, seats_of(model, rows)
+    weights, seats = DeviceModel(model).weights, random_seats(model, PLAN, rows)
     products = parts(weights)
     sizes = {(each.depth, each.outputs): name for name, each in products.items()}
     chosen = {name: tiles_for(each, rows) for name, each in products.items()}
@@ -118,10 +124,13 @@ def tune(model: Any, case: tuple[str, int, str], rounds: int) -> None:
     for each in CHAINS:
         print(f"rows {rows} {each} {time(each):8.1f} us", flush=True)
     for name, product in products.items():
-        tried = []
+        tried, known = [], multiplied(name, product, chosen[name], (rows, chain.products))
         for tiles in dict.fromkeys([chosen[name], *candidates(name, product, case)]):
             chosen[name] = tiles
             try:
+                error = (multiplied(name, product, tiles, (rows, chain.products)) - known).abs()
+                if not (error <= 2**-6 * known.abs() + 0.01 * known.std()).all():  # two roundings to bfloat16, and sums
+                    raise ArithmeticError(f"a product differs by {error.max():.3g}")
                 tried.append((time(chain), tiles))
             except Exception as error:
                 print("failed", name, tiles, type(error).__name__, str(error)[:120], flush=True)
@@ -132,27 +141,46 @@ def tune(model: Any, case: tuple[str, int, str], rounds: int) -> None:
         print(f"rows {rows} {each} {time(each):8.1f} us", flush=True)
 
 
+def replay(step: DeviceStep, rounds: int) -> float:
+    """Median microseconds of a greedy step that asks nobody."""
+    times = []
+    for _ in range(rounds + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step.run(4)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 250)
+    return sorted(times[3:])[rounds // 2]
+
+
+def multiplied(name: str, product: Product, tiles: Tiles, case: tuple[int, int]) -> Tensor:
+    """The product alone, of so many rows of random numbers, launched as `pdl` says: `case` is the two."""
+    rows, pdl = case
+    high, made = max(16, rows), torch.Generator("cuda").manual_seed(0)
+    kind = torch.float32 if name in ("head", "out", "down") else torch.bfloat16
+    best = torch.zeros(rows, PLACES, device="cuda", dtype=torch.int64) if name == "head" else None
+    out = torch.zeros(8, high, product.outputs, device="cuda", dtype=kind)
+    fused = torch.float32 if rows == 1 and product.gain is not None else torch.bfloat16
+    x = torch.randn(high, product.depth, device="cuda", dtype=fused, generator=made)
+    if rows == 1:
+        product.one(x, out, tiles, residual=product.splits, best=best, pdl=pdl)
+        return out[0, :1].float()
+    product.many(x, out, rows, tiles, best=best, pdl=pdl)
+    parts = out.view(-1)[: tiles.splits * rows * product.outputs]
+    return parts.view(tiles.splits, rows, product.outputs).float().sum(0)
+
+
 def warm(products: dict[str, Product], case: tuple[str, int, str]) -> None:
-    """Compile in many threads."""
+    """Compile in many threads what will be tried."""
     rows = case[1]
     pdl = chain_for(rows).products
 
-    def one(work: Any) -> None:
-        name, product, tiles = work
-        high = max(16, rows)
-        kind = torch.float32 if name in ("head", "out", "down") else torch.bfloat16
-        best = torch.zeros(rows, PLACES, device="cuda", dtype=torch.int64) if name == "head" else None
-        out = torch.zeros(8, high, product.outputs, device="cuda", dtype=kind)
+    def one(work: tuple[str, Product, Tiles]) -> None:
         try:
-            if rows == 1:
-                fused = torch.float32 if product.gain is not None else torch.bfloat16
-                x = torch.zeros(high, product.depth, device="cuda", dtype=fused)
-                product.one(x, out, tiles, residual=product.splits, best=best, pdl=pdl)
-            else:
-                x = torch.zeros(high, product.depth, device="cuda", dtype=torch.bfloat16)
-                product.many(x, out, rows, tiles, best=best, pdl=pdl)
+            multiplied(*work, (rows, pdl))
         except Exception as error:
-            print("failed", name, tiles, type(error).__name__, str(error)[:120], flush=True)
+            print("failed", *work[::2], type(error).__name__, str(error)[:120], flush=True)
 
     work = [(name, each, tiles) for name, each in products.items() for tiles in candidates(name, each, case)]
     work += [(name, each, tiles_for(each, rows)) for name, each in products.items()]

@@ -130,7 +130,7 @@ def chained(pdl: int) -> dict[str, Any]:
 
 
 def tiles_for(product: Product, rows: int) -> Tiles:
-    """What measured fastest on an H200 (benchmarks/gpu/products.py); few large ones where each is a Python call."""
+    """What measured fastest on an H200 (benchmarks/gpu/tune.py); few large ones where each is a Python call."""
     if product.weight.device.type == "cpu":
         return Tiles(64, 256, 4, 2, rows > 16, 2 if product.splits and rows > 1 else 1)
     if product.dtype is torch.float32 and rows > 1:
