@@ -42,7 +42,7 @@ def jit(kernel: Callable[..., Any], *, varying: Sequence[str] = ()) -> Any:
     return kernel if triton is None else triton.jit(inspect.unwrap(kernel), do_not_specialize=list(varying))
 
 
-SHARED_BYTES = 160 * 1024
+SHARED_BYTES = 200 * 1024
 """Shared memory of one program that the largest tiles ask for."""
 
 

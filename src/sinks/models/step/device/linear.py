@@ -139,6 +139,8 @@ def tiles_for(product: Product, rows: int) -> Tiles:
         return _tiles_for_one(product)
     if rows <= 16:
         return _tiles_for_few(product)
+    if rows > 64 and product.bits == 16 and product.depth >= 2048:
+        return _tiles_for_many(product, rows)
     if product.splits:
         return Tiles(64, 128, 4, 4, True, 4) if product.depth > 4096 else Tiles(32, 128, 4, 4, splits=2)
     return Tiles(32, 128, 4, 4) if product.outputs < 4096 else Tiles(64, 64, 4, 5, True)
@@ -164,3 +166,11 @@ def _tiles_for_few(product: Product) -> Tiles:
     if product.outputs > 2**15:
         return Tiles(64, 128, 4, 4, True)
     return Tiles(16, 128, 2, 6, splits=2 if product.splits else 1)
+
+
+def _tiles_for_many(product: Product, rows: int) -> Tiles:
+    """128 rows a tile, so that a weight is fetched half as often, and programs for one wave of 132 multiprocessors."""
+    programs = product.outputs // 64 * -(-rows // 128)
+    if product.splits:
+        return Tiles(64, 64, 4, 5, True, 1 if programs >= 128 else 2, 128)
+    return Tiles(128, 64, 8, 4, True, rows=128) if programs > 132 else Tiles(64, 64, 4, 5, True, rows=128)
