@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from sinks.cache.cache import SinkCache
 from sinks.cache.plan import Plan
-from sinks.evals.speed.gpu.clock import bursts, copy_rate, machine
+from sinks.evals.speed.gpu.clock import Burst, bursts, copy_rate, machine
 from sinks.evals.speed.gpu.ring import ModuleSteps
 from sinks.evals.speed.gpu.shapes import SHAPES, ring_bytes, weight_bytes
 from sinks.models.attach import attach
@@ -109,7 +109,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: SinkCache) -> Tensor:
 def graph_step(model: PreTrainedModel, rows: int) -> float:
     """Milliseconds of a step in a CUDA graph."""
     steps = ModuleSteps(model, PLAN, rows, position=5_000)
-    times = bursts({"graph": (steps.run, 20)}, 7)["graph"]
+    times = bursts({"graph": Burst(steps.run, 20)}, 7)["graph"]
     return sorted(times)[len(times) // 2]
 
 
@@ -124,7 +124,7 @@ def session_step(model: PreTrainedModel, rows: int) -> float:
             held[0] = read(model, held[0], cache)[:, -1:].argmax(-1)
             held[0].tolist()
 
-    times = bursts({"session": (write, 4)}, 3)["session"]
+    times = bursts({"session": Burst(write, 4)}, 3)["session"]
     return sorted(times)[len(times) // 2]
 
 
@@ -137,7 +137,7 @@ def prefill(model: PreTrainedModel) -> float:
         for _ in range(chunks):
             model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
-    return 1e3 * CHUNK / bursts({"prefill": (feed, CHUNKS)}, 1)["prefill"][0]
+    return 1e3 * CHUNK / bursts({"prefill": Burst(feed, CHUNKS)}, 1)["prefill"][0]
 
 
 if __name__ == "__main__":

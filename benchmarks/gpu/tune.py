@@ -1,6 +1,6 @@
 """Which tiles make a whole decode step fastest: one product after the other, all else as it is.
 
-    python benchmarks/gpu/tune.py --cases Llama-3.2-1B:1 Llama-3-8B:64 Llama-3.2-1B:1:int8
+    python benchmarks/gpu/tune.py --cases Llama-3-8B:256 Llama-3.2-1B:1:int8 --json benchmarks/results/tiles-h200.json
 
 Random weights, rings of 4 + 1,020 keys. What wins belongs into `tiles_for` (models/step/device/linear.py). Products of
 every try are held to those of the tiles that are chosen today.
@@ -9,8 +9,10 @@ every try are held to those of the tiles that are chosen today.
 from __future__ import annotations
 
 import argparse
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from sinks.evals.speed.gpu.shapes import SHAPES
 from sinks.models.step.device.linear import Product, Tiles, tiles_for
 from sinks.models.step.device.step import PLACES, Chain, DeviceModel, DeviceStep, chain_for
 from sinks.models.step.device.weights import DeviceWeights
-from sinks.models.weights.quantize import quantize
+from sinks.models.weights.quantize import QUANTS, Quant, quantize
 
 NEAR, PLAN = 2_000, Plan(4, 1_020)
 
@@ -47,6 +49,7 @@ ONE = {
         "head": _all((16, 64, 2), (32, 64, 4), (64, 64, 4)),
     },
 }
+ONE["Llama-3-8B"] = ONE["Llama-3.2-1B"]
 PACKED = {
     "int8": _all((4, 2048, 4), (8, 2048, 8), (8, 1024, 4), (4, 2048, 2), (8, 2048, 4), (16, 1024, 4), (8, 512, 2)),
     "int4": _all((8, 2048, 4), (4, 4096, 4), (16, 2048, 8), (4, 2048, 2), (8, 1024, 2), (16, 1024, 4)),
@@ -72,24 +75,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tiles of the products of a decode step.")
     parser.add_argument("--cases", nargs="+", required=True, help="shape, rows, and weights, as Llama-3-8B:64:int8")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    for case in given.cases:
-        shape, rows, quant = (*case.split(":"), "none")[:3]
-        model = quantize(SHAPES[shape].build(), quant)
-        print(case, flush=True)
-        warm(parts(DeviceModel(model).weights), (shape, int(rows), quant))
-        tune(model, (shape, int(rows), quant), given.rounds)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA GPU")
+    try:
+        cases = [read(case) for case in given.cases]
+    except (ValueError, KeyError) as error:
+        parser.error(
+            f"{given.cases}: {error}: say SHAPE:ROWS or SHAPE:ROWS:WEIGHTS, with a shape of {', '.join(SHAPES)}"
+        )
+    found = []
+    for case in cases:
+        model = quantize(SHAPES[case[0]].build(), case[2])
+        print(*case, flush=True)
+        warm(parts(DeviceModel(model).weights), case)
+        found.append(tune(model, case, given.rounds))
+        if given.json is not None:
+            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+            given.json.write_text(json.dumps({"machine": about, "cases": found}, indent=1) + "\n")
 
 
-def candidates(name: str, product: Product, case: tuple[str, int, str]) -> list[Tiles]:
+Asked = tuple[str, int, Quant]
+
+
+def read(case: str) -> Asked:
+    """Shape, rows and weights, as they are asked for."""
+    shape, rows, quant = (*case.split(":"), "none")[:3]
+    if quant not in QUANTS or int(rows) < 1:
+        raise ValueError(case)
+    return SHAPES[shape].name, int(rows), quant
+
+
+def candidates(name: str, product: Product, case: Asked) -> list[Tiles]:
     """What may be worth a try."""
     shape, rows, quant = case
+    if rows == 1 and quant == "none":
+        return ONE[shape][name]
     if rows == 1:
-        return (
-            PACKED["int8" if product.bits == 8 else "int4"]
-            if quant != "none"
-            else ONE.get(shape, ONE["Llama-3.2-1B"])[name]
-        )
+        return PACKED["int8" if product.bits == 8 else "int4"]
     tiles = FEW if rows <= 16 else MANY if rows <= 64 else BIG
     if not product.splits:
         return tiles
@@ -105,40 +129,44 @@ def parts(weights: DeviceWeights) -> dict[str, Product]:
     return {"head": weights.head, "qkv": first.qkv, "out": first.out, "gate_up": first.gate_up, "down": first.down}
 
 
-def tune(model: Any, case: tuple[str, int, str], rounds: int) -> None:
-    """One product after the other."""
-    rows = case[1]
+def tune(model: Any, case: Asked, rounds: int) -> dict[str, Any]:
+    """One product after the other: microseconds of a step before and after, and by product and tiles, best first."""
+    shape, rows, quant = case
     weights, seats = DeviceModel(model).weights, random_seats(model, PLAN, rows)
-    products = parts(weights)
+    products, chain = parts(weights), chain_for(rows)
     sizes = {(each.depth, each.outputs): name for name, each in products.items()}
     chosen = {name: tiles_for(each, rows) for name, each in products.items()}
 
-    def time(chain: Chain) -> float:
+    def time(chain: Chain = chain) -> float:
         step = DeviceStep(
             weights, seats, lambda _: chain, lambda product, _: chosen[sizes[product.depth, product.outputs]]
         )
         step([1] * rows, list(range(rows)), [NEAR] * rows)
-        return replay(step, rounds)
+        return round(replay(step, rounds), 1)
 
-    chain = chain_for(rows)
-    for each in CHAINS:
-        print(f"rows {rows} {each} {time(each):8.1f} us", flush=True)
+    before, found = time(), dict[str, list[tuple[float, str]]]()
     for name, product in products.items():
-        tried, known = [], multiplied(name, product, chosen[name], (rows, chain.products))
-        for tiles in dict.fromkeys([chosen[name], *candidates(name, product, case)]):
+        known, tried = multiplied(name, product, chosen[name], (rows, chain.products)), {chosen[name]: time()}
+        for tiles in dict.fromkeys(candidates(name, product, case)):
             chosen[name] = tiles
             try:
-                error = (multiplied(name, product, tiles, (rows, chain.products)) - known).abs()
-                if not (error <= 2**-6 * known.abs() + 0.01 * known.std()).all():  # two roundings to bfloat16, and sums
-                    raise ArithmeticError(f"a product differs by {error.max():.3g}")
-                tried.append((time(chain), tiles))
+                check(multiplied(name, product, tiles, (rows, chain.products)), known)
+                tried[tiles] = time()
             except Exception as error:
                 print("failed", name, tiles, type(error).__name__, str(error)[:120], flush=True)
-        tried.sort(key=lambda each: each[0])
-        chosen[name] = tried[0][1]
-        print(f"rows {rows} {name}", *(f"{us:8.1f} {tiles}" for us, tiles in tried), sep="\n    ", flush=True)
-    for each in CHAINS:
-        print(f"rows {rows} {each} {time(each):8.1f} us", flush=True)
+        chosen[name] = min(tried, key=tried.__getitem__)
+        found[name] = sorted((us, str(tiles)) for tiles, us in tried.items())
+        print(f"rows {rows} {name}", *(f"{us:8.1f} {tiles}" for us, tiles in found[name]), sep="\n    ", flush=True)
+    chains = {str(each): time(each) for each in CHAINS}
+    print(f"rows {rows}: {before} us before, {time()} after; {chains}", flush=True)
+    return {"shape": shape, "rows": rows, "weights": quant, "before_us": before, "after_us": time(), "products": found}
+
+
+def check(product: Tensor, known: Tensor) -> None:
+    """Within two roundings to bfloat16 of what the tiles of today give, and the order of sums."""
+    error = (product - known).abs()
+    if not (error <= 2**-6 * known.abs() + 0.01 * known.std()).all():
+        raise ArithmeticError(f"a product differs by {error.max():.3g}")
 
 
 def replay(step: DeviceStep, rounds: int) -> float:
@@ -171,7 +199,7 @@ def multiplied(name: str, product: Product, tiles: Tiles, case: tuple[int, int])
     return parts.view(tiles.splits, rows, product.outputs).float().sum(0)
 
 
-def warm(products: dict[str, Product], case: tuple[str, int, str]) -> None:
+def warm(products: dict[str, Product], case: Asked) -> None:
     """Compile in many threads what will be tried."""
     rows = case[1]
     pdl = chain_for(rows).products

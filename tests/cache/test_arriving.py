@@ -219,12 +219,42 @@ def test_a_sink_logit_is_honoured() -> None:
 
 def test_what_is_no_chunk_for_the_kernels_goes_block_by_block() -> None:
     query, _, value = Case(4, 17, (8,)).drawn()
-    here = {"scoring": Scoring(0.125)}
+    here = {"window": 17, "scoring": Scoring(0.125)}
     assert choose_arriving(query.float(), value.float(), **here) is None
     assert choose_arriving(query[:, :, :1], value[:, :, :1], **here) is None
-    assert choose_arriving(query, value, scoring=Scoring(0.125, softcap=5.0)) is None
+    assert choose_arriving(query, value, window=17, scoring=Scoring(0.125, softcap=5.0)) is None
     assert choose_arriving(query, value[..., :32], **here) is None
     assert (choose_arriving(query, value, **here) is None) == (not HAS_GPU)
+
+
+class OnGpu(torch.Tensor):
+    """Stands for heads on a GPU, of which only shape and type are asked."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "window", "expected"),
+    [
+        (4096, 128, 4092, "flash"),
+        (8192, 80, 2048, "flash"),
+        (8192, 128, 1020, "triton"),
+        (4095, 128, 4092, "triton"),
+        (8192, 64, 4092, "triton"),
+        (8192, 256, 4092, "triton"),
+    ],
+)
+def test_flash_attention_walks_long_chunks_through_long_windows(
+    tokens: int, head_dim: int, window: int, expected: Walker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arriving, "need_triton", lambda device: None)
+    has_flash = [True, False]
+    monkeypatch.setattr(arriving.flash, "has_flash", lambda: has_flash[0])
+    heads = torch.empty(1, 8, tokens, head_dim, dtype=torch.bfloat16, device="meta").as_subclass(OnGpu)
+    given = {"window": window, "scoring": Scoring(0.125)}
+    assert choose_arriving(heads, heads, **given) == expected
+    del has_flash[0]
+    assert choose_arriving(heads, heads, **given) == "triton"
 
 
 @gpu

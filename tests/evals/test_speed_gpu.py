@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
 from sinks.cache.cache import SinkCache
 from sinks.cache.plan import Plan
 from sinks.errors import InvalidInput
+from sinks.evals.speed.gpu import bench, clock
+from sinks.evals.speed.gpu.absent import NO_ROOM, reason
 from sinks.evals.speed.gpu.band import Attended, Text
-from sinks.evals.speed.gpu.bench import GpuBench, measure
-from sinks.evals.speed.gpu.decode import Decoded, Flatness
+from sinks.evals.speed.gpu.bench import Candidate, GpuBench, measure
+from sinks.evals.speed.gpu.clock import Burst, bursts
+from sinks.evals.speed.gpu.decode import Case, Decoded, Entrant, Flatness, Packed, Seated, Writer
 from sinks.evals.speed.gpu.ring import OpenStream
 from sinks.evals.speed.gpu.shapes import SHAPES, ceiling, ring_bytes, weight_bytes
 from sinks.models.attach import attach
+from sinks.models.step.device.step import DeviceModel
 from tests.families.tiny import build, tokens
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
 
@@ -78,6 +84,104 @@ def test_what_times_come_to():
     assert Attended(text, "w", 1.0, 7.0).rates == pytest.approx((51.5 * 4 * 16 * 32 / 1e9, 51.5 * 2 * 16 * 32 / 1e9))
 
 
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A clock that needs no GPU: who made how many steps, each of which takes as many milliseconds as a name says."""
+    asked: list[tuple[str, int]] = []
+
+    def burst(run: Callable[[int], str], steps: int) -> float:
+        asked.append((run(steps), steps))
+        return float(asked[-1][0])
+
+    monkeypatch.setattr(clock, "_burst", burst)
+    return asked
+
+
+def test_writers_take_turns_in_bursts_of_a_length_in_time(clocked: list[tuple[str, int]]):
+    """Two steps to find the length; 150 ms or `most`, or `least`; the time of those two counts for nothing."""
+    writers = {"fast": Burst(lambda steps: "1", 64), "slow": Burst(lambda steps: "100", 64)}
+    writers |= {"call": Burst(lambda steps: "100", 8, 8), "middle": Burst(lambda steps: "15", 64)}
+    times = bursts(writers, 2)
+    assert times == {"fast": [1.0, 1.0], "slow": [100.0, 100.0], "call": [100.0, 100.0], "middle": [15.0, 15.0]}
+    assert clocked == [(each, 2) for each in ("1", "100", "100", "15")] + 2 * [
+        ("1", 64), ("100", 2), ("100", 8), ("15", 10),
+    ]  # fmt: skip
+
+
+def test_who_fails_on_the_way_is_lost_and_the_others_go_on(clocked: list[tuple[str, int]]):
+    def keeper(steps: int) -> str:
+        if len(clocked) > 4:
+            raise torch.cuda.OutOfMemoryError
+        return "150"
+
+    writers, lost = {"keeper": Burst(keeper, 64), "sinks": Burst(lambda steps: "3", 64)}, dict[str, Exception]()
+    assert bursts(writers, 3, lost) == {"sinks": [3.0, 3.0, 3.0]}
+    assert [*lost] == ["keeper"] and reason(lost["keeper"]) == NO_ROOM
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        bursts(writers, 3)
+
+
+def test_what_failed_is_said_in_a_line():
+    assert reason(ValueError("one\ntwo")) == "ValueError: one" and reason(KeyError()) == "KeyError: "
+
+
+def test_a_case_is_measured_by_those_who_can(monkeypatch: pytest.MonkeyPatch, clocked: list[tuple[str, int]]):
+    """Writers that are made up: one cannot come, one fails once everybody is there; ours is timed far away as well."""
+
+    def entrants(case: Case, ours: Sequence[Packed], steps: int) -> list[Entrant]:
+        def hungry() -> Writer:
+            raise torch.cuda.OutOfMemoryError
+
+        def keeper(steps: int) -> str:
+            if clocked:
+                raise RuntimeError("no more\nof this")
+            return "2"
+
+        own = Writer(Burst(lambda steps: "2", steps), 10**9)
+        return [("sinks", lambda: own), ("hungry", hungry), ("keeper", lambda: Writer(Burst(keeper, steps), 1))]
+
+    def flatness(case: Case, ours: Packed, steps: int, rounds: int) -> Flatness:
+        if case.plan.window > 8:
+            raise torch.cuda.OutOfMemoryError
+        return Flatness(case.name, case.rows, case.plan.window, (1.0,), (1.0,))
+
+    def candidates(settings: GpuBench, absent: list[str]) -> list[Candidate]:
+        return [Candidate("m", lambda: build("llama"))]
+
+    made = {"entrants": entrants, "candidates": candidates, "flatness": flatness, "need_gpu": lambda what: None}
+    made |= {"copy_rate": lambda: 4.0, "product_rate": lambda: 1.0, "DeviceModel": lambda model: no_weights}
+    no_weights = object.__new__(DeviceModel)
+    for name, stand_in in made.items():
+        monkeypatch.setattr(bench, name, stand_in)
+    plans = (Plan(4, 8), Plan(4, 16))
+    found = measure(GpuBench(models=(), rows=(1,), plans=plans, quants=("none",), parts=("decode",), rounds=2))
+    assert [(each.writer, each.window, each.milliseconds) for each in found.decoded] == [
+        ("sinks", 8, (2.0, 2.0)),
+        ("sinks", 16, (2.0, 2.0)),
+    ]
+    assert found.decoded[0].share == pytest.approx(0.125)  # 500 tokens a second of 4,000 a gigabyte
+    assert [each.window for each in found.flat] == [8] and found.whole
+    told = [f"hungry on m, 1 row, window {{}}: {NO_ROOM}", "keeper on m, 1 row, window {}: RuntimeError: no more"]
+    expected = [line.format(window) for window in (8, 16) for line in told]
+    assert found.absent == [*expected, f"position 10,000,000 on m, 1 row, window 16: {NO_ROOM}"]
+
+
+def test_writing_at_a_position_makes_as_many_steps_as_it_says():
+    made: list[str] = []
+
+    class Step:
+        def __call__(self, ids: torch.Tensor, rows: list[int], positions: list[int]) -> None:
+            made.append(f"fed at {positions}")
+
+        def run(self, steps: int) -> None:
+            made.extend(["by itself"] * steps)
+
+    seated = object.__new__(Seated)
+    seated._step, seated._rows, seated._ids = Step(), [0, 1], torch.zeros(2)  # type: ignore[assignment]
+    seated.run_at(7)(4)
+    assert made == ["fed at [7, 7]", *["by itself"] * 3]
+
+
 @pytest.mark.skipif(HAS_GPU, reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(InvalidInput, match="bench gpu needs a CUDA GPU"):
@@ -88,10 +192,10 @@ def test_without_a_gpu_it_says_so():
 @pytest.mark.filterwarnings("ignore")  # of flash-attn-4 and FlexAttention, about themselves
 def test_everybody_takes_part_on_a_gpu():
     text = Text(2_048, 256, 64)
-    bench = GpuBench(
+    settings = GpuBench(
         models=("SmolLM2-135M",), rows=(1, 8), plans=(Plan(4, 252),), steps=4, rounds=2, texts=(text,), watched=(text,)
     )
-    found = measure(bench)
+    found = measure(settings)
     shape = [each for each in found.decoded if each.model == "SmolLM2-135M shape"]
     assert not [line for line in found.absent if line.startswith(("sinks", "its modules", "transformers"))]
     names = ("sinks", "sinks, int8", "sinks, int4", "its modules over our rings, one graph")

@@ -199,7 +199,7 @@ class SinkCache(Cache):
             raise CacheError("no forward pass is open on this SinkCache: only an attached model may drive it")
         ring, scoring = self.rings[layer], self.scoring(layer, **options)
         if self._arrival.is_even and not lenses:
-            walker = choose_arriving(query, value, scoring=scoring)
+            walker = choose_arriving(query, value, window=ring.plan.window, scoring=scoring)
             if walker is not None:
                 block = self._arrival.whole(ring.plan, query.device)
                 return ring.attend_whole((query, key, value), block, scoring, walker)

@@ -84,7 +84,8 @@ def gpu(
     """What this GPU does: tokens a second against its ceiling and transformers, attention against FlexAttention.
 
     Random weights in known shapes, and the built-in model where it can be had. The ceilings are measured in the same
-    run; who could not take part, and why, is said at the end. The file of --json grows as the bench goes on.
+    run, and so is dense attention; who could not take part, and why, is said at the end. It takes ten minutes or more;
+    the file of --json grows as the bench goes on.
     """
     from dataclasses import replace
 

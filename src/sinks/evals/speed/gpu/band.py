@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as dense
 
+from sinks.evals.speed.gpu.absent import reason
 from sinks.evals.speed.gpu.clock import in_turn
 from sinks.kernels import Rotary, Scoring, attend, attend_measured
 from sinks.kernels.band import flash
@@ -136,16 +137,17 @@ def attended(text: Text, rounds: int, absent: list[str]) -> list[Attended]:
     for part in heads:
         part.requires_grad_()
     back = {name: both(way) for name, way in able.items()}
-    whole = in_turn({name: call for name, call in back.items() if _works(name, call, text, absent)}, rounds)
+    whole = in_turn(
+        {name: call for name, call in back.items() if _works(f"{name}, backward", call, text, absent)}, rounds
+    )
     return [Attended(text, name, ahead[name], time) for name, time in whole.items()]
 
 
-def _works(name: str, call: Call, text: Text, absent: list[str]) -> bool:
+def _works(what: str, call: Call, text: Text, absent: list[str]) -> bool:
     try:
         call()
-    except Exception as error:  # a peer may fail in any way, and the others shall still be measured
-        reason = next(iter(str(error).splitlines()), "")
-        absent.append(f"{name}, {text.tokens:,} tokens, d {text.head_dim}: {type(error).__name__}: {reason}")
+    except Exception as error:
+        absent.append(f"{what}, {text.tokens:,} tokens, d {text.head_dim}: {reason(error)}")
         return False
     return True
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from sinks.assets.catalogue import DEFAULT_MODEL
 from sinks.cache.plan import Plan
 from sinks.errors import InvalidInput, SinksError
+from sinks.evals.speed.gpu.absent import reason
 from sinks.evals.speed.gpu.band import Attended, Statistics, Text, attended, statistics_cost
-from sinks.evals.speed.gpu.clock import copy_rate, need_gpu, product_rate
+from sinks.evals.speed.gpu.clock import Burst, copy_rate, need_gpu, product_rate
 from sinks.evals.speed.gpu.decode import (
+    FAR,
     Case,
     Decoded,
     Entrant,
@@ -35,7 +37,7 @@ from sinks.models.weights.quantize import QUANTS, Quant, quantize
 from sinks.types import Stage, unwatched
 
 PARTS = ("decode", "attention")
-NO_ROOM = "its memory does not fit beside the others'"
+OURS = "sinks"
 BUILT_IN = f"{DEFAULT_MODEL} (built in)"
 
 
@@ -151,7 +153,9 @@ def _decode(candidate: Candidate, bench: GpuBench, found: Measured, stage: Stage
         return
     ours = list(_packed(candidate, model, bench.quants, found.absent))
     for plan, rows in cases:
-        _case(Case(name, model, plan, rows), ours if plan == bench.plans[0] else ours[:1], candidate, bench, found)
+        if plan != bench.plans[0]:
+            del ours[1:]
+        _case(Case(name, model, plan, rows), ours, candidate, bench, found)
         _clear()
         keep(found)
         listen(1)
@@ -162,21 +166,19 @@ def _case(case: Case, ours: Sequence[Packed], candidate: Candidate, bench: GpuBe
     if candidate.load is not None and case.rows == 1:
         everybody.append(("sinks Session", partial(_session, candidate.load, case.plan, bench.steps)))
     ready = _ready(case, everybody, found.absent)
-    while ready:
+    times = decode(case, ready, found.copy_rate, bench.rounds, found.absent)
+    found.decoded += times
+    if OURS in {each.writer for each in times}:
         try:
-            found.decoded += decode(case, ready, found.copy_rate, bench.rounds)
-            break
-        except torch.cuda.OutOfMemoryError:  # the last to come keeps everything that it writes
-            found.absent.append(f"{ready.popitem()[0]} on {case}: {NO_ROOM}")
-        _clear()
-    if ours and ours[0].name in ready:
-        found.flat.append(flatness(case, ours[0], bench.steps, bench.rounds))
+            found.flat.append(flatness(case, ours[0], bench.steps, bench.rounds))
+        except Exception as error:
+            found.absent.append(f"position {FAR:,} on {case}: {reason(error)}")
 
 
 def _session(load: Callable[[], Loaded], plan: Plan, steps: int) -> Writer:
     loaded = load()
     read = weight_bytes(loaded.model) + ring_bytes(loaded.model, plan, 1)
-    return Writer(sessions(loaded, plan), steps, read)
+    return Writer(Burst(sessions(loaded, plan), steps), read)
 
 
 def _packed(
@@ -184,7 +186,7 @@ def _packed(
 ) -> Iterator[Packed]:
     """Our weights: the model's own, and rounded from a model of their own."""
     for quant in quants:
-        name = "sinks" if quant == "none" else f"sinks, {quant}"
+        name = OURS if quant == "none" else f"{OURS}, {quant}"
         try:
             model = whole if quant == "none" else quantize(candidate.build(), quant)
             yield Packed(name, model, DeviceModel(model))
@@ -198,14 +200,10 @@ def _ready(case: Case, everybody: Iterable[Entrant], absent: list[str]) -> dict[
     for who, prepare in everybody:
         try:
             ready[who] = prepare()
-            ready[who].run(2)
-        except torch.cuda.OutOfMemoryError:
+            ready[who].burst.run(2)
+        except Exception as error:
             ready.pop(who, None)
-            absent.append(f"{who} on {case}: {NO_ROOM}")
-        except Exception as error:  # a peer may fail in any way, and the others shall still be measured
-            ready.pop(who, None)
-            reason = next(iter(str(error).splitlines()), "")
-            absent.append(f"{who} on {case}: {type(error).__name__}: {reason}")
+            absent.append(f"{who} on {case}: {reason(error)}")
     return ready
 
 

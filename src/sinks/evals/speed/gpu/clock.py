@@ -1,10 +1,11 @@
-"""Time on a GPU: calls in turn, bursts of steps, and the two rates that nothing can beat."""
+"""Time on a GPU: calls in turn, bursts of steps, and the two rates that everything is held to."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,20 +54,45 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def bursts(writers: Mapping[str, tuple[Callable[[int], Any], int]], rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Burst:
+    """`run(n)` makes n steps. A burst has as many as fit `BURST`, but no fewer than `least` and no more than `most`."""
+
+    run: Callable[[int], Any]
+    most: int
+    least: int = 2
+
+    def length(self, milliseconds: float) -> int:
+        """Steps of a burst where one takes so long."""
+        return min(max(int(BURST / milliseconds), self.least), self.most)
+
+
+def bursts(
+    writers: Mapping[str, Burst], rounds: int, lost: dict[str, Exception] | None = None
+) -> dict[str, list[float]]:
     """Milliseconds a step of each writer, one number a round, in turn; from the first launch until the device is done.
 
-    A writer is called with how many steps to make, and comes with how many it makes in a burst at most: as many as
-    fit `BURST`, and at least two.
+    Who fails is told to `lost` and takes no part any more; without it, the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in writers}
-    lengths = {}
-    for name, (run, most) in writers.items():
-        run(2)
-        lengths[name] = min(max(int(BURST / _burst(run, 2)), 2), most)
-    for _ in range(rounds):
-        for name, (run, _) in writers.items():
-            times[name].append(_burst(run, lengths[name]))
+    lengths = dict.fromkeys(writers, 0)
+
+    def turn(name: str) -> None:
+        if not lengths[name]:
+            writers[name].run(2)
+            lengths[name] = writers[name].length(_burst(writers[name].run, 2))
+        else:
+            times[name].append(_burst(writers[name].run, lengths[name]))
+
+    for _ in range(rounds + 1):
+        for name in [*times]:
+            try:
+                turn(name)
+            except Exception as error:
+                if lost is None:
+                    raise
+                lost[name] = error
+                del times[name]
     return times
 
 

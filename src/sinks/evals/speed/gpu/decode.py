@@ -14,7 +14,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 from sinks.cache.plan import Plan
 from sinks.errors import UnsupportedOption
-from sinks.evals.speed.gpu.clock import bursts, captured
+from sinks.evals.speed.gpu.absent import reason
+from sinks.evals.speed.gpu.clock import Burst, bursts, captured
 from sinks.evals.speed.gpu.ring import ModuleSteps
 from sinks.evals.speed.gpu.shapes import ceiling, ring_bytes, weight_bytes
 from sinks.evals.speed.writers import Ours
@@ -29,11 +30,11 @@ from sinks.models.step.slots import Seats
 NEAR, FAR = 5_000, 10_000_000
 """Positions in a stream that has let go of most of what it read, and of nearly everything."""
 
-SLOW = 4
-"""Steps a burst of writers that a host drives kernel by kernel."""
+SLOW = 8
+"""Steps a burst of `generate()`: a call has a price of its own, and a step that a host drives is slow."""
 
-ROOM = 512
-"""Slots that transformers' cache of fixed size has beyond the keys that are there when a burst begins."""
+ROOM = 8
+"""Slots that transformers' cache of fixed size has beyond the keys that are there and the steps of a burst."""
 
 READ = 65_536
 """Tokens of all rows that transformers reads in one pass before it writes."""
@@ -43,10 +44,9 @@ Run = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes; `run(n)` makes n greedy steps of all rows, `burst` are a burst, and each must read `read` bytes."""
+    """Who writes, greedy steps of all rows; each must read `read` bytes."""
 
-    run: Run
-    burst: int
+    burst: Burst
     read: int
 
 
@@ -95,12 +95,13 @@ class Flatness:
 class StaticSteps:
     """Greedy steps of transformers with its cache of fixed size, in one CUDA graph; `kept` keys to begin with.
 
-    It attends over all its slots, the masked ones too, as `generate` with a compiled static cache does.
+    It attends over all its slots, the masked ones too, as `generate` with a compiled static cache does: at most `most`
+    steps a burst, and so many slots more.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, kept: int) -> None:
-        self._model, self._kept = model, kept
-        self._cache = StaticCache(config=model.config, max_cache_len=kept + ROOM)
+    def __init__(self, model: PreTrainedModel, rows: int, kept: int, most: int) -> None:
+        self._model, self._kept, self._most = model, kept, most
+        self._cache = StaticCache(config=model.config, max_cache_len=kept + most + ROOM)
         self._ids = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
         with torch.no_grad():
             self._step()
@@ -112,8 +113,8 @@ class StaticSteps:
 
     def run(self, steps: int) -> None:
         """Replay so many steps behind the first `kept` keys."""
-        if steps > ROOM - 8:
-            raise UnsupportedOption(f"{steps} steps a burst: its cache has room for {ROOM - 8}")
+        if steps > self._most:
+            raise UnsupportedOption(f"{steps} steps a burst: its cache has room for {self._most}")
         self._rewind()
         for _ in range(steps):
             self._graph.replay()
@@ -179,11 +180,11 @@ class Seated:
         self._step.run(steps)
 
     def run_at(self, position: int) -> Run:
-        """Writing that begins at `position` each time."""
+        """Writing that begins at `position` each time: the first of the steps is fed by the host."""
 
         def run(steps: int) -> None:
             self.stand_at(position)
-            self._step.run(steps)
+            self._step.run(steps - 1)
 
         return run
 
@@ -238,34 +239,41 @@ class Case:
         return Seated(ours, self.seats, self.rows)
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.rows} rows, window {self.plan.window:,}"
+        return f"{self.name}, {self.rows} row{'s' if self.rows > 1 else ''}, window {self.plan.window:,}"
 
 
 def entrants(case: Case, ours: Sequence[Packed], steps: int) -> Iterator[Entrant]:
-    """Everybody by name, and how to bring them to the start; a burst is `steps`, but for those that a host drives."""
+    """Everybody by name, and how to bring them to the start; a burst is `steps` at most."""
     model, plan, rows = case.model, case.plan, case.rows
     rings = ring_bytes(model, plan, rows)
 
     def writer(one: Packed) -> Writer:
-        return Writer(case.seated(one).run, steps, weight_bytes(one.model) + rings)
+        return Writer(Burst(case.seated(one).run, steps), weight_bytes(one.model) + rings)
 
     for one in ours:
         yield one.name, partial(writer, one)
     read = weight_bytes(model) + rings
-    others: dict[str, Callable[[], Run]] = {
-        "its modules over our rings, one graph": lambda: ModuleSteps(model, plan, rows, NEAR, rings_of(case.seats)).run,
-        "transformers, one graph": lambda: StaticSteps(model, rows, plan.capacity).run,
-        "transformers generate()": lambda: Generate(model, rows, plan.capacity).run,
-    }
-    for name, prepare in others.items():
-        burst = SLOW if name.endswith("generate()") else steps
-        yield name, lambda prepare=prepare, burst=burst: Writer(prepare(), burst, read)
+
+    def modules() -> Writer:
+        return Writer(Burst(ModuleSteps(model, plan, rows, NEAR, rings_of(case.seats)).run, steps), read)
+
+    def static() -> Writer:
+        return Writer(Burst(StaticSteps(model, rows, plan.capacity, steps).run, steps), read)
+
+    def generate() -> Writer:
+        return Writer(Burst(Generate(model, rows, plan.capacity).run, SLOW, SLOW), read)
+
+    yield "its modules over our rings, one graph", modules
+    yield "transformers, one graph", static
+    yield "transformers generate()", generate
 
 
-def decode(case: Case, writers: Mapping[str, Writer], rate: float, rounds: int) -> list[Decoded]:
-    """Let the writers take turns; `rate` is the copy rate of this run in TB/s."""
+def decode(case: Case, writers: Mapping[str, Writer], rate: float, rounds: int, absent: list[str]) -> list[Decoded]:
+    """Let the writers take turns; `rate` is the copy rate in TB/s, `absent` is told who failed on the way."""
     rows, window = case.rows, case.plan.window
-    times = bursts({who: (each.run, each.burst) for who, each in writers.items()}, rounds)
+    lost: dict[str, Exception] = {}
+    times = bursts({who: each.burst for who, each in writers.items()}, rounds, lost)
+    absent += [f"{who} on {case}: {reason(error)}" for who, error in lost.items()]
     most = {who: ceiling(each.read, rows, rate) for who, each in writers.items()}
     return [Decoded(case.name, rows, window, who, tuple(each), most[who]) for who, each in times.items()]
 
@@ -273,5 +281,5 @@ def decode(case: Case, writers: Mapping[str, Writer], rate: float, rounds: int) 
 def flatness(case: Case, ours: Packed, steps: int, rounds: int) -> Flatness:
     """Our step early and late in the stream, in turn."""
     seated = case.seated(ours)
-    times = bursts({"near": (seated.run_at(NEAR), steps), "far": (seated.run_at(FAR), steps)}, rounds)
+    times = bursts({"near": Burst(seated.run_at(NEAR), steps), "far": Burst(seated.run_at(FAR), steps)}, rounds)
     return Flatness(case.name, case.rows, case.plan.window, tuple(times["near"]), tuple(times["far"]))

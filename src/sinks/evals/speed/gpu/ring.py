@@ -20,7 +20,7 @@ from sinks.cache.rings.ring import Ring
 from sinks.errors import CacheError, UnsupportedOption
 from sinks.evals.speed.gpu.clock import captured
 from sinks.kernels import Scoring, Step, attend_step
-from sinks.models.attach import attach
+from sinks.models.attach import attach, attachment_of, detach
 from sinks.models.families import describe
 
 Rings = Sequence[tuple[Tensor, Tensor]]
@@ -95,12 +95,15 @@ class ModuleSteps:
     def __init__(
         self, model: PreTrainedModel, plan: Plan, rows: int, position: int, rings: Rings | None = None
     ) -> None:
+        mine = attachment_of(model) is None
         self.stream = OpenStream(attach(model), plan, rows, position, rings)
         self.ids = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
         self.logits: Tensor = torch.empty(0)
         self._model = model
         with torch.no_grad():
             self._graph = captured(self._step)
+        if mine:
+            detach(model)  # the graph needs the modules no more, and others may want them as they were
 
     def _step(self) -> None:
         self.logits = self._model(input_ids=self.ids, past_key_values=self.stream, use_cache=True).logits[:, -1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from sinks.kernels.device.language import on, tl
 from sinks.models.step.device.products import thin, wide
+
+WAVE = 128
+"""Programs that fill an H200, which has 132 multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def tiles_for(product: Product, rows: int) -> Tiles:
         return _tiles_for_one(product)
     if rows <= 16:
         return _tiles_for_few(product)
-    if rows > 64 and product.bits == 16 and product.depth >= 2048:
-        return _tiles_for_many(product, rows)
+    if rows > 64 and product.bits == 16 and (tiles := _tiles_for_many(product, rows)):
+        return tiles
     if product.splits:
         return Tiles(64, 128, 4, 4, True, 4) if product.depth > 4096 else Tiles(32, 128, 4, 4, splits=2)
     return Tiles(32, 128, 4, 4) if product.outputs < 4096 else Tiles(64, 64, 4, 5, True)
@@ -168,9 +171,19 @@ def _tiles_for_few(product: Product) -> Tiles:
     return Tiles(16, 128, 2, 6, splits=2 if product.splits else 1)
 
 
-def _tiles_for_many(product: Product, rows: int) -> Tiles:
-    """128 rows a tile, so that a weight is fetched half as often, and programs for one wave of 132 multiprocessors."""
-    programs = product.outputs // 64 * -(-rows // 128)
-    if product.splits:
-        return Tiles(64, 64, 4, 5, True, 1 if programs >= 128 else 2, 128)
-    return Tiles(128, 64, 8, 4, True, rows=128) if programs > 132 else Tiles(64, 64, 4, 5, True, rows=128)
+def _tiles_for_many(product: Product, rows: int) -> Tiles | None:
+    """Tiles of 128 rows, so that a weight is fetched half as often, larger ones where small ones take a second wave.
+
+    None: nobody measured so short a depth, or they would leave a third of the GPU without work.
+    """
+    if product.depth < 2048:
+        return None
+    if product.gated and rows >= 256:
+        return Tiles(64, 64, 8, 4, True, rows=256)
+    small, large = Tiles(64, 64, 4, 5, True, rows=128), Tiles(128, 64, 8, 4, True, rows=128)
+    programs = product.programs(small) * -(-rows // small.rows)
+    if product.splits and programs < WAVE:
+        small, programs = replace(small, splits=2), 2 * programs
+    if programs < 2 / 3 * WAVE:
+        return None
+    return small if product.splits or programs <= WAVE else large
