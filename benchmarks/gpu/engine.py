@@ -119,7 +119,7 @@ def drained(engine: Engine, steps: int) -> None:
     """So many steps, their pieces taken by their readers."""
     for _ in range(steps):
         engine.step()
-    for request in list(engine._requests.values()):
+    for request in list(engine._register.requests.values()):
         request.take()
 
 

@@ -8,6 +8,7 @@ import torch
 from sinks.errors import CacheError, EngineClosed, EngineError, InvalidInput, RequestFailed
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import BUFFER, Request
+from sinks.stream.engine.steps import Steps
 from sinks.stream.sampling import Sampling
 from tests.stream.engine.rows import PROMPTS, RARE, alone, engine, failing_on
 from tests.stream.opened import IDS, SINKS, WINDOW, opened, tiny_loaded
@@ -78,7 +79,7 @@ def test_ctrl_c_in_a_step_loses_nothing(part: str):
 def test_ctrl_c_between_planning_and_doing_loses_nothing(where, monkeypatch):
     together = engine()
     requests = [together.submit(IDS[n : 12 + n], max_tokens=3) for n in range(3)]
-    owner, name = {"prepare": (Request, "prepare"), "read": (Engine, "_read"), "choose": (Engine, "_choose")}[where]
+    owner, name = {"prepare": (Request, "prepare"), "read": (Steps, "_read"), "choose": (Steps, "_choose")}[where]
     original, calls = getattr(owner, name), []
 
     def broken_off(*args: object) -> object:

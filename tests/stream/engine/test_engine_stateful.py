@@ -73,7 +73,7 @@ class Engines(RuleBasedStateMachine):
 
     @property
     def full(self) -> bool:
-        scheduler = self.engine._scheduler
+        scheduler = self.engine._register.scheduler
         return self.engine.held == SLOTS and not (self.seats and any(not scheduler.busy(n) for n in scheduler.held))
 
     def held(self, stream: Stream, ids: list[int]) -> Held:
@@ -137,7 +137,7 @@ class Engines(RuleBasedStateMachine):
     def park(self, held: Held) -> None:
         self.files += 1
         path = Path(self.folder.name) / str(self.files)
-        running = self.engine._scheduler.busy(held.stream.number)
+        running = self.engine._register.scheduler.busy(held.stream.number)
         if held.gone or held.stream.moment is None or running:
             with pytest.raises(EngineError):
                 held.stream.park(path)
@@ -147,7 +147,7 @@ class Engines(RuleBasedStateMachine):
 
     @rule(held=streams)
     def park_on_the_host(self, held: Held) -> None:
-        running = self.engine._scheduler.busy(held.stream.number)
+        running = self.engine._register.scheduler.busy(held.stream.number)
         if held.gone or held.stream.moment is None or running:
             with pytest.raises(EngineError):
                 held.stream.park()

@@ -71,7 +71,7 @@ def test_closing_wakes_whoever_waits():
 
 def test_a_fault_of_the_engine_itself_reaches_whoever_waits(monkeypatch):
     together = engine()
-    monkeypatch.setattr(together._scheduler, "turn", lambda _: 1 // 0)
+    monkeypatch.setattr(together._register.scheduler, "turn", lambda _: 1 // 0)
     request = together.submit(IDS[:3])
     together.start()
     with pytest.raises(EngineClosed, match="ZeroDivisionError") as failure:

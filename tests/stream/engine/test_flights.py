@@ -101,7 +101,7 @@ def test_the_host_reads_one_step_behind(loaded: Loaded, plain: Loaded) -> None:
         requests = [together.submit(prompt, max_tokens=6 + 3 * n) for n, prompt in enumerate(PROMPTS)]
         under_way = []
         while together.step():
-            under_way.append(len(together._flights))
+            under_way.append(len(together._steps.flights))
         assert max(under_way) == 1 and under_way.count(1) > len(under_way) / 2 and not under_way[-1]
         for n, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
             assert (request.text(), request.tokens) == (alone(plain, prompt, 6 + 3 * n), 6 + 3 * n)
@@ -236,7 +236,7 @@ def test_settings_beyond_the_graph_wait_for_every_token(loaded: Loaded, plain: L
         company = together.submit(PROMPTS[2], max_tokens=20)
         while not request.finish:
             together.step()
-            assert not len(together._flights)
+            assert not len(together._steps.flights)
         session = Session(plain, SINKS, WINDOW)
         session.feed(IDS[:30])
         assert request.text() == "".join(session.generate(8, sampling=beyond))

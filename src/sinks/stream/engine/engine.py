@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
 from sinks.cache.plan import Plan
 from sinks.cache.snapshot import look_at
-from sinks.errors import BrokenCache, EngineClosed, EngineError
+from sinks.errors import EngineClosed, EngineError
 from sinks.models.load import Loaded
-from sinks.stream.answer import Answer
-from sinks.stream.engine.batch import choices, read_newest, warm_up
-from sinks.stream.engine.flight import Aboard, Flights
-from sinks.stream.engine.places import Places
-from sinks.stream.engine.request import Ask, End, Request, Stream, failure_of
+from sinks.stream.engine.batch import warm_up
+from sinks.stream.engine.register import Register
+from sinks.stream.engine.request import Ask, Request, Stream
 from sinks.stream.engine.row import Given, Ground, Row
-from sinks.stream.engine.schedule import Scheduler, Turn
+from sinks.stream.engine.schedule import Scheduler
+from sinks.stream.engine.steps import Steps
 from sinks.stream.engine.worker import Worker
 from sinks.stream.opening import ready
 from sinks.stream.pieces import check_stops
-from sinks.stream.sampling import GREEDY, Sampling, no_choice
+from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 
 
@@ -57,15 +53,11 @@ class Engine:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
         loaded = ready(loaded)
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
-        self._scheduler = Scheduler(slots, queue, self._ground.pace(chunk), parks=self._ground.pool is not None)
-        self._size = slots if steady else 0
-        self._requests: dict[int, Request] = {}
-        self._numbers = count(1)
-        self._closed: EngineClosed | None = None
-        self._lock = threading.RLock()  # the scheduler and the lists; never held during a pass
-        self._flights = Flights(self._ground, self._lock, self._take_in, partial(self._end, finish="cancelled"))
-        self._places = Places(self._scheduler, self._lock, self.dismiss)
         self._worker = Worker(self.step, self._on_fault)
+        scheduler = Scheduler(slots, queue, self._ground.pace(chunk), parks=self._ground.pool is not None)
+        self._register = Register(scheduler, self._worker.wake)
+        self._steps = Steps(self._ground, self._register, slots if steady else 0)
+        self._closed: EngineClosed | None = None
 
     # What is asked of it, from any thread
 
@@ -92,14 +84,12 @@ class Engine:
         ask = Ask(given, max_tokens, check_stops(stop), sampling)
         begins = stream is None or not (stream.begun or stream.source)
         ids = [] if given is None else self._ground.encode(given, begins)
-        with self._lock:
+        with self._register.lock:
             self._check_open(stream)
-            stream = stream or Stream(self, next(self._numbers), once=True)
-            request = Request(self, next(self._numbers), stream, ask, on_news)
+            stream = stream or Stream(self, self._register.number(), once=True)
+            request = Request(self, self._register.number(), stream, ask, on_news)
             request.ids, request.begins = ids, begins
-            self._scheduler.submit(request.number, stream.number)
-            self._requests[request.number] = request
-            stream.begun = True
+            self._register.enter(request)
         self.wake()
         return request
 
@@ -112,9 +102,9 @@ class Engine:
         if session is not None:
             with self.between_steps():
                 return self.adopt(Row.of_session(self._ground, session))
-        with self._lock:
+        with self._register.lock:
             self._check_open(None)
-            return Stream(self, next(self._numbers))
+            return Stream(self, self._register.number())
 
     def resume(self, path: str | Path) -> Stream:
         """The stream that `Stream.park`, `Stream.save` or `Session.save` wrote; it is read at its first request.
@@ -129,190 +119,46 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that is not over, within one step."""
-        self._flights.cancel(request)
+        self._steps.flights.cancel(request)
         self.wake()
 
     @property
     def waiting(self) -> int:
         """How many requests wait for a slot, or for an earlier request of their stream."""
-        return self._scheduler.waiting
+        return self._register.scheduler.waiting
 
     @property
     def running(self) -> int:
         """How many requests are being read or written."""
-        return self._scheduler.running
+        return self._register.scheduler.running
 
     @property
     def held(self) -> int:
         """How many slots are taken, by running requests or by streams that stay."""
-        return len(self._scheduler.held)
+        return len(self._register.scheduler.held)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in all slots."""
-        return sum(row.nbytes for row in self._places.rows())
+        return sum(row.nbytes for row in self._register.places.rows())
 
-    # One step
+    # Steps
 
     def step(self) -> bool:
         """Read a chunk, write one token of every answer, hand them out. False where there was nothing to do."""
         with self.between_steps():
-            turn = self._schedule()
-            if turn.reads or not turn.writers:
-                self._flights.land()
-            for number, tokens in turn.reads:
-                self._read(number, tokens)
-            self._write(turn.writers)
-            return not turn.idle
+            return self._steps.step()
 
     def run(self) -> None:
         """Step until there is nothing more to do."""
         while self.step():
             pass
 
-    def _schedule(self) -> Turn:
-        with self._lock:
-            admitted = [self._requests[number] for number in self._scheduler.admit()]
-        self._places.make_room()
-        for request in [each for each in admitted if each.stream.gone is None]:  # one may be lost while room is made
-            self._begin(request)
-        with self._lock:
-            return self._scheduler.turn(lambda number: not self._requests[number].full)
-
-    def _begin(self, request: Request) -> None:
-        """An admitted request: its stream gets a row, and what is to be read is known."""
-        stream = request.stream
-        try:
-            row = stream.row or self._ground.take_up(stream.source)
-            request.prepare(row)
-            row.sit()
-        except Exception as error:
-            self._fail(request, error)
-            if stream.row is None:
-                self.release(stream)
-            return
-        with self._lock:
-            if request.finish is not None and stream.once:
-                row.stand_up()
-                return  # cancelled a moment ago, and its slot is free already
-            self._places.seat(stream, row)
-            if request.finish is None:
-                self._scheduler.begin(request.number, len(request.ids))
-
-    def _read(self, number: int, tokens: int) -> None:
-        """Read the next `tokens` of a request."""
-        request = self._requests.get(number)
-        row = None if request is None else request.stream.row
-        if request is None or row is None:
-            return  # cancelled a moment ago
-        part, request.ids = request.ids[:tokens], request.ids[tokens:]
-        try:
-            row.read(part)
-        except BaseException as error:
-            # Some layers have overwritten keys that others still need: this stream holds no moment any more.
-            request.stream.gone = BrokenCache(
-                f"this stream was broken off while it was read ({type(error).__name__}: {error}): resume it from a file"
-            )
-            self._fail(request, error)
-            self.dismiss(request.stream)
-            if not isinstance(error, Exception):
-                raise
-
-    def _write(self, writers: Sequence[int]) -> None:
-        """One token of every request that is still there."""
-        rows: dict[Request, Row] = {}
-        for request in filter(None, map(self._requests.get, writers)):
-            row = request.stream.row
-            if row is not None and self._may_go_on(request, row):
-                rows[request] = row
-        if rows and self._flights.can_take(rows) and self._flights.fly(rows, self._size):
-            return
-        self._flights.land()
-        self._predict({each: row for each, row in rows.items() if row.logits is None and each.finish is None})
-        answers = {each: each.answer for each in rows if each.answer is not None and each.finish is None}
-        chosen = choices([(rows[request], answer) for request, answer in answers.items()])
-        for number, (request, answer) in enumerate(answers.items()):
-            if request.finish is None:  # or it was cancelled while its logits were made; those then stay
-                self._choose(request, rows[request], answer, partial(chosen.of, number))
-
-    def _take_in(self, each: Aboard, token: int | None) -> None:
-        """The token that a flight chose for one row."""
-        if token is None:
-            self._fail(each.request, no_choice(self._ground.loaded.model.dtype))
-        else:
-            each.row.note_read(each.place)
-            self._choose(each.request, each.row, each.answer, lambda: token)
-
-    def _may_go_on(self, request: Request, row: Row) -> bool:
-        """Begin the answer if it has not begun; False where that is already its end."""
-        if request.ids:  # a step was broken off before it read what it had planned to
-            self._read(request.number, len(request.ids))
-        if request.finish is None and request.answer is None:
-            ask = request.ask
-            request.answer = row.answer(ask.sampling, ask.max_tokens, ask.stop)
-            self._hand_out(request, request.answer.begin())
-        return request.finish is None
-
-    def _predict(self, rows: dict[Request, Row]) -> None:
-        """Logits for each of them, in one pass; where that fails, one by one, so that only the culprits fail."""
-        if not rows:
-            return
-        try:
-            read_newest(list(rows.values()), self._size)
-        except Exception as error:
-            if len(rows) == 1:
-                self._fail(next(iter(rows)), error)
-                return
-            for request, row in rows.items():
-                self._predict({request: row})
-
-    def _choose(self, request: Request, row: Row, answer: Answer, chosen: Callable[[], int]) -> None:
-        """The next token of one answer."""
-        try:
-            piece = row.take(answer, chosen())
-        except Exception as error:
-            self._fail(request, error)
-        else:
-            request.tokens += 1
-            self._hand_out(request, piece)
-
-    def _hand_out(self, request: Request, piece: str) -> None:
-        if request.finish is None:  # nobody reads beyond the end
-            request.put(piece)
-        if request.answer is not None and request.answer.finish is not None:
-            self._end(request, request.answer.finish)
-
-    # Ends
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request with what went wrong; inside a step only."""
-        self._end(request, "failed", failure_of(error))
-
-    def _end(self, request: Request, finish: End, error: Exception | None = None) -> None:
-        """End a request, unless it is over."""
-        with self._lock:
-            if request.finish is not None:
-                return
-            self._scheduler.finish(request.number)
-            del self._requests[request.number]
-            request.close(finish, error)
-            if request.stream.once:
-                self.release(request.stream)
-
-    def release(self, stream: Stream) -> None:
-        """Free a stream's slot and its memory."""
-        self._places.release(stream)
-        self.wake()
+    # For streams
 
     def dismiss(self, stream: Stream) -> None:
         """Cancel all that is asked of a stream, and forget it."""
-        with self._lock:
-            stream.gone = stream.gone or EngineError("this stream has left: join() again")
-            for request in [each for each in self._requests.values() if each.stream is stream]:
-                self._end(request, "cancelled")
-            self.release(stream)
-
-    # For streams
+        self._register.dismiss(stream)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -320,8 +166,8 @@ class Engine:
 
         One flight may be under way: every row stands behind the token that it reads.
         """
-        with self._places.between_steps():
-            self._flights.land(leave=1)  # more are there only if a step was broken off
+        with self._register.places.between_steps():
+            self._steps.flights.land(leave=1)  # more are there only if a step was broken off
             yield
 
     def row_of(self, stream: Stream) -> Row:
@@ -337,27 +183,27 @@ class Engine:
 
         Steps go on meanwhile. If something is raised inside, the stream stays where it was.
         """
-        with self.between_steps(), self._lock:
+        with self.between_steps(), self._register.lock:
             row = self.row_of(stream)
-            if self._scheduler.busy(stream.number):
+            if self._register.scheduler.busy(stream.number):
                 raise EngineError("a request of this stream is running: cancel it, or wait until it is over")
-            number = next(self._numbers)
-            self._scheduler.reserve(number, stream.number)
+            number = self._register.number()
+            self._register.scheduler.reserve(number, stream.number)
         try:
             yield row
             with self.between_steps():
-                self.release(stream)
+                self._register.release(stream)
         finally:
-            with self._lock:
-                self._scheduler.finish(number)
+            with self._register.lock:
+                self._register.scheduler.finish(number)
             self.wake()
 
     def adopt(self, row: Row) -> Stream:
         """A stream with this row, in a free slot. Raises QueueFull."""
-        with self._lock:
+        with self._register.lock:
             self._check_open(None)
-            stream = Stream(self, next(self._numbers))
-        self._places.bring(stream, row)
+            stream = Stream(self, self._register.number())
+        self._register.places.bring(stream, row)
         return stream
 
     def _check_open(self, stream: Stream | None) -> None:
@@ -405,11 +251,10 @@ class Engine:
     def _close(self, why: EngineClosed) -> None:
         self._closed = self._closed or why
         self._worker.end()
-        with self._places.between_steps(), self._lock:
-            for request in list(self._requests.values()):
-                self._end(request, "failed", why)
-            self._flights.drop()
-            self._places.release_all()
+        with self._register.places.between_steps(), self._register.lock:
+            self._register.end_all(why)
+            self._steps.flights.drop()
+            self._register.places.release_all()
 
     def __enter__(self) -> Engine:
         return self

@@ -57,7 +57,7 @@ class Flight:
 class Flights:
     """The steps under way, oldest first, of streams that sit in one pool.
 
-    `lock` guards the requests, as in `Engine`; `accept` takes a token that was chosen for a row, None where there was
+    `lock` guards the requests, as in `Register`; `accept` takes a token that was chosen for a row, None where there was
     none; `cancel` ends a request that was cancelled while it could not be.
     """
 

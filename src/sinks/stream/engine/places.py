@@ -14,7 +14,7 @@ from sinks.stream.engine.schedule import Scheduler
 
 
 class Places:
-    """The streams in slots. `lock` guards the scheduler, as in `Engine`; `lost` hears of a stream that cannot be put
+    """The streams in slots. `lock` guards the scheduler, as in `Register`; `lost` hears of a stream that cannot be put
     away.
 
     A stream that leaves while a step runs keeps its seat until that is over: nobody else may be seated under it.
