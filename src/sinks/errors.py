@@ -4,6 +4,7 @@
     ├── InvalidInput            a value that the caller gave is wrong
     │   ├── CapacityError       sinks + window do not fit the model
     │   └── TextTooShort        the text ends before anything is evicted
+    ├── OutputLost              standard output takes no more
     ├── UnsupportedModel        this model cannot stream, with the reason
     ├── UnsupportedOption       the model can stream, but not with this option
     ├── CacheError              a cache is used where it does not belong
@@ -41,6 +42,10 @@ class CapacityError(InvalidInput):
 
 class TextTooShort(InvalidInput):
     """The text ends before anything would be evicted, so there is nothing to show."""
+
+
+class OutputLost(SinksError):
+    """Standard output takes no more: its disk is full, say. A reader that merely left is no error."""
 
 
 class UnsupportedModel(SinksError):

@@ -15,17 +15,25 @@ from typing import NoReturn
 
 import typer
 
-from sinks.errors import InvalidInput, SinksError, UnknownName
+from sinks.cli.terminal.interrupt import listen, stop_listening
+from sinks.cli.terminal.output import check_output, give_up, open_streams, tell_person
+from sinks.errors import InvalidInput, OutputLost, SinksError, UnknownName
 
 COMMANDS = ("chat", "stream", "compare", "scan", "bench", "models")
 
 DEBUG = "SINKS_DEBUG"
 """Name of the environment variable that, set to anything, shows the traceback of an error."""
 
+_INTERRUPTED = 130
+
 
 def run() -> NoReturn:
     """Run `sinks` on the arguments of this process, and end the process with its exit status."""
-    sys.exit(main(sys.argv[1:]))
+    open_streams()
+    listen()
+    status = main(sys.argv[1:])
+    stop_listening()
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,12 +42,16 @@ def main(arguments: Sequence[str]) -> int:
     Bad input never shows a traceback: every error ends as one line `sinks: ...` on standard error.
     """
     try:
+        check_output()
         return _invoke(arguments)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; what is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        give_up(sys.stdout)
         return 1
+    except OutputLost as error:
+        give_up(sys.stdout)
+        return _complain(str(error), status=1)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", status=130)
+        return _complain("interrupted", status=_INTERRUPTED)
     except typer.TyperException as error:
         return _complain(_with_help(error), status=error.exit_code)
     except (InvalidInput, UnknownName) as error:
@@ -49,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _complain(str(error), status=1)
     except Exception as error:
+        if _was_interrupted(error):
+            return _complain("interrupted", status=_INTERRUPTED)
         advice = "" if os.environ.get(DEBUG) else f"; {DEBUG}=1 shows where"
         return _complain(f"unexpected {type(error).__name__}: {error}{advice}", status=1)
 
@@ -116,5 +130,12 @@ def _complain(message: str, *, status: int) -> int:
     """Print one line on standard error, after the traceback if it is wanted, and pass `status` on."""
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    print("sinks:", " ".join(message.split()), file=sys.stderr)
+    tell_person(f"sinks: {' '.join(message.split())}")
     return status
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is what somebody made of a Ctrl-C: a module broken off says that it cannot be imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
