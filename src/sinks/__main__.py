@@ -1,6 +1,6 @@
 """`python -m sinks` is `sinks`, and both begin here.
 
-Until the command line itself is imported, which takes a moment, Ctrl-C leaves at once: there is nothing to clean up yet,
+Until the command line itself is imported, which takes a moment, Ctrl-C leaves at once: there is nothing to clean up,
 and a traceback of somebody's imports would tell nobody anything.
 """
 

@@ -4,6 +4,7 @@
     ├── InvalidInput            a value that the caller gave is wrong
     │   ├── CapacityError       sinks + window do not fit the model
     │   └── TextTooShort        the text ends before anything is evicted
+    ├── InputLost               standard input broke while it was read
     ├── OutputLost              standard output takes no more
     ├── UnsupportedModel        this model cannot stream, with the reason
     ├── UnsupportedOption       the model can stream, but not with this option
@@ -20,6 +21,7 @@
     │   └── EngineClosed            the engine was closed
     └── AssetError              a model or text could not be had
         ├── UnknownName         no such model or text
+        ├── NoModel             a file or folder of that name, and no model in it
         ├── FetchError          the download failed
         ├── ChecksumError       the file is not the one that was asked for
         └── UnsafeCheckpoint    loading it would run code
@@ -42,6 +44,10 @@ class CapacityError(InvalidInput):
 
 class TextTooShort(InvalidInput):
     """The text ends before anything would be evicted, so there is nothing to show."""
+
+
+class InputLost(SinksError):
+    """Standard input broke while it was read: its terminal was closed, say. Its end is no error."""
 
 
 class OutputLost(SinksError):
@@ -106,6 +112,10 @@ class AssetError(SinksError):
 
 class UnknownName(AssetError):
     """No model or text has this name, and no file or folder either."""
+
+
+class NoModel(AssetError):
+    """There is a file or folder of this name, and it was never a model."""
 
 
 class FetchError(AssetError):

@@ -103,7 +103,7 @@ class SurveySettings:
         if self.changes > len(CHANGED):
             raise InvalidInput(f"changes={self.changes}: at most {len(CHANGED)} tokens of a text are changed")
         if not 0 < self.epsilon < 1:
-            raise InvalidInput(f"epsilon={self.epsilon}: a share of attention lies between 0 and 1")
+            raise InvalidInput(f"epsilon={self.epsilon}: give a share of attention above 0 and below 1")
         if self.seed < 0:
             raise InvalidInput(f"seed must be at least 0, got {self.seed}")
 

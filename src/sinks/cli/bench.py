@@ -6,7 +6,7 @@ from typing import no_type_check
 
 import typer
 
-from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import progress_bars, table_console
 
 WIDE = 120
 """Columns of the GPU's tables where nobody says how many there are."""
@@ -46,8 +46,6 @@ def cpu(
     """
     from dataclasses import asdict, replace
 
-    from rich.console import Console
-
     from sinks.assets.catalogue import DEFAULT_TEXT
     from sinks.assets.texts import read_text
     from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW
@@ -70,9 +68,7 @@ def cpu(
             source = {key: value for key, value in asdict(read).items() if key != "text"}
             about = provenance(entrants, source, load_before)
             write_together(folder, {json.name: to_json(speed_document(settings, speeds, entrants, about)).encode()})
-    console = Console()
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = table_console()
     console.print(speed_summary(settings, speeds, entrants, load_before))
 
 
@@ -88,8 +84,6 @@ def gpu(
     the file of --json grows as the bench goes on.
     """
     from dataclasses import replace
-
-    from rich.console import Console
 
     from sinks.evals.speed.gpu.bench import QUICK, GpuBench, Measured, measure
     from sinks.evals.speed.gpu.clock import need_gpu
@@ -108,7 +102,5 @@ def gpu(
                 write_together(folder, {json.name: to_json(gpu_document(settings, found)).encode()})
 
         found = measure(settings, stage, keep)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDE
+    console = table_console(plain=WIDE)
     console.print(gpu_summary(found))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, kind_of
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, check_saved, kind_of, take_up
 
 if TYPE_CHECKING:
     from sinks.cli.terminal.stopping import Stopper
@@ -83,6 +83,8 @@ def run(flags: Flags) -> None:
     from sinks.models.load import load
 
     sampling, max_tokens, sinks = sampling_of(flags), max_tokens_of(flags), sinks_of(flags)
+    if flags.load is not None:
+        check_saved(flags.load)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale says: vocabularies are UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -124,7 +126,7 @@ def open_session(flags: Flags, loaded: "Loaded", sinks: "Sinks | None", stopper:
         on_evict=stopper.heard,
     )
     if flags.load is not None:
-        session.load(flags.load)
+        take_up(session, flags.load)
         check_dialogue(session, flags.load)
     _ = session.dialogue  # raises here, before anything was typed
     return session

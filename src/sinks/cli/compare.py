@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinks.cli.flags import AcceptTerms, Device, Dtype, Quant, kind_of
-from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import progress_bars, table_console
 
 if TYPE_CHECKING:
     from sinks.evals.arms import Settings
@@ -74,8 +74,6 @@ def register(app: typer.Typer) -> None:
 
 def run(flags: Flags) -> None:
     """Measure, then write both files, then print."""
-    from rich.console import Console
-
     from sinks.report.document import document, to_json
     from sinks.report.files import results_folder, write_together
     from sinks.report.plots import comparison_figure, png
@@ -89,9 +87,7 @@ def run(flags: Flags) -> None:
         text = to_json(document(comparison, about, reading(comparison)))
         picture = png(comparison_figure(comparison, title))
         paths = write_together(folder, {"compare.json": text.encode(), "compare.png": picture})
-    console = Console(stderr=flags.json)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = table_console(stderr=flags.json)
     console.print(summary(comparison, title))
     written = " and ".join(str(path) for path in paths)
     console.print(f"\nWrote {written}", soft_wrap=True, highlight=False, markup=False)
@@ -156,9 +152,9 @@ def measure(flags: Flags, settings: "Settings") -> tuple["Comparison", dict[str,
 
 def title_of(comparison: "Comparison", about: Mapping[str, Any]) -> str:
     """What was read by which model within how many keys, in one line."""
-    model, text, settings = about["model"], about["text"], comparison.settings
+    from sinks.report.words import bounded
+
+    model, text = about["model"], about["text"]
+    held = f"; every bounded reader holds {comparison.settings.capacity:,} keys" if bounded(comparison) else ""
     note = f" ({model['note']})" if model["note"] else ""
-    return (
-        f"{model['name']}{note} reads {comparison.tokens:,} tokens of {text['name']}; every bounded reader holds "
-        f"{settings.capacity:,} keys"
-    )
+    return f"{model['name']}{note} reads {comparison.tokens:,} tokens of {text['name']}{held}"

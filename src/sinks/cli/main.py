@@ -17,7 +17,7 @@ import typer
 
 from sinks.cli.terminal.interrupt import listen, stop_listening
 from sinks.cli.terminal.output import check_output, give_up, open_streams, tell_person
-from sinks.errors import InvalidInput, OutputLost, SinksError, UnknownName
+from sinks.errors import InvalidInput, NoModel, OutputLost, SinksError, UnknownName
 
 COMMANDS = ("chat", "stream", "compare", "scan", "bench", "models")
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return _complain("interrupted", status=_INTERRUPTED)
     except typer.TyperException as error:
         return _complain(_with_help(error), status=error.exit_code)
-    except (InvalidInput, UnknownName) as error:
+    except (InvalidInput, NoModel, UnknownName) as error:
         return _complain(str(error), status=2)
     except SinksError as error:
         return _complain(str(error), status=1)

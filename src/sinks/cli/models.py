@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, no_type_check
 
 import typer
+
+from sinks.cli.terminal.progress import print_rows
 
 _JSON = typer.Option(False, "--json", help="Print JSON instead of a table.")
 
@@ -136,7 +137,7 @@ def _show_built_in(as_json: bool) -> None:
         )
         for entry in entries
     ]
-    _table(("name", "kind", "download", "here", "licence", "what it is"), rows)
+    print_rows(("name", "kind", "download", "here", "licence", "what it is"), rows)
     typer.echo(f"Cache folder: {cache_folder()}")
 
 
@@ -190,20 +191,6 @@ def _show_supported(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"supported": families, "refused": dict(REFUSED)}, indent=1))
         return
-    _table(("model type", *fields[1:]), [tuple(family[field] for field in fields) for family in families])
+    print_rows(("model type", *fields[1:]), [tuple(family[field] for field in fields) for family in families])
     if REFUSED:
-        _table(("refused", "reason"), list(REFUSED.items()))
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE)
-    for index, title in enumerate(titles):
-        table.add_column(title, no_wrap=index == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # as plain text: a reason may hold square brackets
-    Console().print(table)
+        print_rows(("refused", "reason"), list(REFUSED.items()))

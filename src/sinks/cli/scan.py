@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sinks.cli.flags import AcceptTerms, Device, Dtype
-from sinks.cli.terminal.progress import PLAIN_WIDTH, progress_bars
+from sinks.cli.terminal.progress import progress_bars, table_console
 
 if TYPE_CHECKING:
     from sinks.analysis.survey import Survey, SurveySettings
@@ -80,8 +80,6 @@ def register(app: typer.Typer) -> None:
 
 def run(flags: Flags) -> None:
     """Measure every model, write its files, then the atlas, then print."""
-    from rich.console import Console
-
     from sinks.analysis.survey import Survey
     from sinks.assets.catalogue import DEFAULT_MODEL
     from sinks.errors import InvalidInput
@@ -93,9 +91,7 @@ def run(flags: Flags) -> None:
     folders = [slug(Path(name).name if Path(name).exists() else name) for name in names]
     if len(set(folders)) < len(folders):
         raise InvalidInput(f"{', '.join(names)}: two of these would be written to one folder; scan them one by one")
-    settings, console = settings_of(flags), Console(stderr=flags.json)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    settings, console = settings_of(flags), table_console(stderr=flags.json, least=1)
     reports: list[SurveyReport] = []
     with results_folder(flags.out) as place:
         sources = [source_of(name, flags) for name in names]  # every mistake before the first minute of measuring
@@ -118,15 +114,19 @@ def run(flags: Flags) -> None:
 
 def settings_of(flags: Flags) -> "SurveySettings":
     """The settings that the flags ask for, checked. Raises InvalidInput."""
-    from sinks.analysis.survey import PARTS, SurveySettings
+    from sinks.analysis.survey import LEAST, PARTS, SurveySettings
+    from sinks.errors import InvalidInput
 
+    least = LEAST["long_tokens"]
+    if flags.context is not None and flags.context < least:
+        raise InvalidInput(f"--context {flags.context}: give at least {least} tokens")
     asked = PARTS if flags.parts is None else tuple(part.strip() for part in flags.parts.split(",") if part.strip())
     settings = SurveySettings(parts=asked, epsilon=flags.epsilon, seed=flags.seed)
     if flags.quick:
         settings = settings.quick()
     given = {"texts": flags.texts, "long_tokens": flags.context}
     if flags.context is not None:  # as many tokens in all, but at least one text
-        given["long_texts"] = max(1, settings.long_texts * settings.long_tokens // max(flags.context, 1))
+        given["long_texts"] = max(1, settings.long_texts * settings.long_tokens // flags.context)
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 

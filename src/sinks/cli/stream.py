@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, kind_of
+from sinks.cli.flags import AcceptTerms, CacheKind, Device, Dtype, Quant, check_saved, kind_of, take_up
+from sinks.cli.terminal.output import tell_person
+from sinks.cli.terminal.screen import counted
+from sinks.errors import InputLost
 
 if TYPE_CHECKING:
     from sinks.reading.pipe import Line, Usual
@@ -93,23 +96,25 @@ def run(flags: Flags) -> None:
     from sinks.reading.pipe import Rule, Usual
 
     usual = Usual(Rule(threshold=flags.threshold, past=flags.past, warm_up=flags.warm_up))
-    reader = Reader(flags, opened(flags), usual)
+    session = opened(flags)
     if sys.stdin.isatty():
-        typer.echo("sinks: reading what is typed; Ctrl-D ends it", err=True)
+        tell_person("sinks: reading what is typed; Ctrl-D ends it")
     with Patience() as patience:
+        reader = Reader(flags, session, usual, patience)
         try:
-            reader.read(patience)
-            if flags.continue_ is not None and not patience.asked:
-                reader.go_on()
-        except KeyboardInterrupt:  # while it waited: between two lines, so the stream is whole
-            patience.asked = True
+            reader.read()
+        except KeyboardInterrupt:  # between two passes, so the stream is whole
+            reader.end()
         except BrokenPipeError:  # nobody listens any more, and what was read is still worth keeping
             reader.keep()
             raise
-        typer.echo(reader.summary(), err=True)  # before anything can fail
-        reader.keep()
+        except BaseException:  # a full disk behind standard output, say: nor does that cost the stream
+            reader.end_failed()
+            raise
+        else:
+            reader.end()
     if patience.asked:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + patience.asked)
 
 
 def opened(flags: Flags) -> "Session":
@@ -135,40 +140,49 @@ def opened(flags: Flags) -> "Session":
             check_target(flags.save)
         except SnapshotError as error:
             raise InvalidInput(f"--save: {error}") from error
+    if flags.load is not None:
+        check_saved(flags.load)
     loaded = load(
         flags.model, dtype=flags.dtype, device=flags.device, quant=flags.quant, accept_terms=flags.accept_terms
     )
     if flags.load is not None:
         session = Session.open(loaded, sinks=0, window=1)  # fits any model; the file brings its own sizes
-        session.load(flags.load)
+        take_up(session, flags.load)
         return session
     sinks = DEFAULT_SINKS if flags.sinks is None else flags.sinks
     return Session.open(loaded, sinks=sinks, window=flags.window, cache=kind_of(flags.cache))
 
 
 class Patience:
-    """Ctrl-C while the model reads is kept until it has read: a pass broken off would leave a stream of no use.
+    """A request to end is kept until the model has read: a pass broken off would leave a stream of no use.
 
-    While nothing is read it ends the waiting at once, and the second one is never kept.
+    Such requests are Ctrl-C, the end of a service (SIGTERM) and a closed terminal (SIGHUP). While nothing is read one
+    ends the waiting at once, and a second Ctrl-C is never kept. A process begun in the background of a script, which
+    shells tell to ignore Ctrl-C, hears it all the same: the script has no other way to say it.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
+        """The signal that asked for the end; 0 while none did."""
         self._waits = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Patience":
-        if threading.current_thread() is threading.main_thread():  # only there are signals heard
-            self._before = signal.signal(signal.SIGINT, self._hear)
+        if threading.current_thread() is not threading.main_thread():  # only there are signals heard
+            return self
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            ignored = number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN  # by nohup, say
+            if number not in self._before and not ignored:
+                self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, Ctrl-C raises KeyboardInterrupt."""
+        """Inside, a request to end raises KeyboardInterrupt."""
         self._waits = True
         try:
             if self.asked:
@@ -177,40 +191,59 @@ class Patience:
         finally:
             self._waits = False
 
-    def _hear(self, _number: int, _frame: FrameType | None) -> None:
-        if self._waits or self.asked:
+    def look(self) -> None:
+        """Raises KeyboardInterrupt if somebody asked for the end: to be called where the stream is whole."""
+        with self.waiting():
+            pass
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        again, self.asked = bool(self.asked), self.asked or number
+        if self._waits or (again and number == signal.SIGINT):
+            self._waits = False  # a terminal that closes may say so twice: the second must not break off the saving
             raise KeyboardInterrupt
-        self.asked = True
 
 
 @dataclass
 class Reader:
-    """Reads standard input through one session, and prints what it finds; counts, and keeps nothing else."""
+    """Reads standard input through one session, and prints what it finds; counts, and keeps nothing else.
+
+    `number` is that of the last line of the input that the model read; `lines` are all it read.
+    """
 
     flags: Flags
     session: "Session"
     usual: "Usual"
+    patience: Patience
+    number: int = 0
     lines: int = 0
     tokens: int = 0
     unusual: int = 0
     nats: float = 0.0
     scored: int = 0
 
-    def read(self, patience: Patience) -> None:
-        """To the end of the input."""
+    def read(self) -> None:
+        """To the end of the input, and on from there if that was asked for."""
         from sinks.reading.pipe import Lines
 
-        pipe: Any = sys.stdin.buffer  # buffered, whatever its type says
         lines = Lines()
-        while True:
-            with patience.waiting():
-                data = pipe.read1(AT_ONCE)
-            self.take(lines.push(data) if data else lines.finish(), patience)
-            if not data:
-                return
+        data = b"some"
+        while data:
+            with self.patience.waiting():
+                data = self.more()
+            self.take(lines.push(data) if data else lines.finish())
+        if self.flags.continue_ is not None:
+            self.go_on()
 
-    def take(self, lines: "list[Line]", patience: Patience) -> None:
-        """Read these lines, as many together as fit into one pass; Ctrl-C is heard between two passes."""
+    def more(self) -> bytes:
+        """Bytes that have come; waits for the first, and there are none at the end of the input."""
+        pipe: Any = sys.stdin.buffer  # buffered, whatever its type says
+        try:
+            return pipe.read1(AT_ONCE)
+        except OSError as error:
+            raise InputLost(f"standard input cannot be read ({error.strerror or error}): start it again") from error
+
+    def take(self, lines: "list[Line]") -> None:
+        """Read these lines, as many together as fit into one pass; requests to end are heard between two passes."""
         waiting: list[tuple[Line, list[int]]] = []
         for line in lines:
             if self.flags.ask is not None and line.ends and line.part == 1 and line.text == self.flags.ask:
@@ -223,18 +256,14 @@ class Reader:
                 self.flush(waiting)
                 waiting = []
             waiting.append((line, ids))
-            with patience.waiting():
-                pass
+            self.patience.look()
         self.flush(waiting)
 
     def ids(self, line: "Line", first: bool) -> list[int]:
         """The tokens of one line; the first of a stream begins as streams of this model do."""
-        from sinks.reading.tokens import stream_ids
+        from sinks.reading.tokens import plain_ids
 
-        tokenizer: Any = self.session.loaded.tokenizer
-        if first and not self.session.seen:
-            return stream_ids(tokenizer, line.fed)[0]
-        return tokenizer(line.fed, add_special_tokens=False, verbose=False).input_ids
+        return plain_ids(self.session.loaded.tokenizer, line.fed, begins=first and not self.session.seen)
 
     def flush(self, waiting: "list[tuple[Line, list[int]]]") -> None:
         """Read these lines in one pass, and print each."""
@@ -247,6 +276,7 @@ class Reader:
         self.tokens += len(together)
         begin = 0
         for line, ids in waiting:
+            self.number = line.number
             self.lines += line.ends or line.part == 1
             if nll is not None:
                 self.judge(line, [each for each in nll[begin : begin + len(ids)] if not math.isnan(each)])
@@ -276,11 +306,31 @@ class Reader:
         """Write what might come next, on a copy of the stream, which itself does not read it."""
         if not self.session.seen:
             return
-        text = "".join(self.session.fork().generate(self.flags.continue_))
+        pieces: list[str] = []
+        for piece in self.session.fork().generate(self.flags.continue_):
+            self.patience.look()
+            pieces.append(piece)
+        text = "".join(pieces)
         if self.flags.json:
-            tell(json.dumps({"after_line": self.lines, "continuation": text}, ensure_ascii=False))
+            tell(json.dumps({"after_line": self.number, "continuation": text}, ensure_ascii=False))
         else:
             tell("\n".join(f"> {line.translate(VISIBLE_CONTROLS)}" for line in text.split("\n")))
+
+    def end(self) -> None:
+        """Keep the stream, whether or not anybody is left to be told what was read; then tell it."""
+        try:
+            self.keep()
+        finally:
+            tell_person(self.summary())
+
+    def end_failed(self) -> None:
+        """End as well as can be, so that the error under way is what the command ends with."""
+        from sinks.errors import SinksError
+
+        try:
+            self.end()
+        except SinksError as error:
+            tell_person(f"sinks: {error}")
 
     def keep(self) -> None:
         """Save the stream, if that was asked for."""
@@ -291,10 +341,10 @@ class Reader:
         """What was read, in one line."""
         surprise = f", {self.nats / self.scored / math.log(2):.2f} bits a token" if self.scored else ""
         judged = f", {self.unusual:,} unusual" if self.flags.scores else ""
-        return f"{self.lines:,} lines, {self.tokens:,} tokens{judged}{surprise}; cache {self.session.nbytes:,} bytes"
+        read = f"{counted(self.lines, 'line')}, {counted(self.tokens, 'token')}"
+        return f"{read}{judged}{surprise}; cache {counted(self.session.nbytes, 'byte')}"
 
 
 def tell(line: str) -> None:
-    """Print a line at once, with `?` for what standard output cannot write: a log may hold anything."""
-    encoding = sys.stdout.encoding or "utf-8"
-    typer.echo(line.encode(encoding, "replace").decode(encoding))
+    """Print a line at once: a log is followed as it grows."""
+    print(line, flush=True)

@@ -58,6 +58,15 @@ def given_ids(
     return ids
 
 
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
+    """Token ids of a text that somebody else wrote: special tokens in it are the letters they are written with.
+
+    A text that `begins` a stream gets the BOS that `stream_ids` gives it.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    return [*(stream_ids(tokenizer, "")[0] if begins else []), *ids]
+
+
 def check_text(text: str) -> None:
     """Raises InvalidInput where a text cannot be written as UTF-8, which tokenizers need."""
     try:

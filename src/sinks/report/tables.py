@@ -11,7 +11,8 @@ from sinks.evals.compare import Arm, Comparison
 from sinks.evals.contenders import Recompute
 from sinks.report.words import decimal, notes, reading, size
 
-COLUMNS = ("all", "after\nevict.", "last\nquarter", "vs\nsinks", "ms a\ntoken", "cache", "peak\nmemory")
+VERSUS = "vs\nsinks"
+COLUMNS = ("all", "after\nevict.", "last\nquarter", VERSUS, "ms a\ntoken", "cache", "peak\nmemory")
 """Headings after the arm and what it keeps, narrow enough for 80 columns; the first three are perplexities."""
 
 
@@ -21,8 +22,10 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
     table = Table(title=caption, title_justify="left", title_style="", header_style="bold", box=None, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     table.add_column("keeps", no_wrap=True)
+    against = "sinks" in comparison.arms
     for name in COLUMNS:
-        table.add_column(name, justify="right")
+        if against or name != VERSUS:
+            table.add_column(name, justify="right")
     previous = ""
     for arm in comparison.arms.values():
         group = arm.name.partition("-")[0]
@@ -39,11 +42,12 @@ def row(comparison: Comparison, arm: Arm) -> list[str]:
     sampled = "*" if isinstance(arm.contender, Recompute) else ""
     stopped = arm.contender.stops_at(comparison.tokens) is not None
     ratio = comparison.ratio(name, "sinks")
+    against = f"{ratio.value:.2f}x" if ratio and arm.measured_as != "sinks" else ""
     perplexities = [
         decimal(comparison.perplexity(name, comparison.everywhere)) + sampled,
         decimal(comparison.perplexity(name, comparison.after_eviction)) + sampled,
         "stopped" if stopped else decimal(comparison.perplexity_last_quarter(name)) + sampled,
-        f"{ratio.value:.2f}x" if ratio and arm.measured_as != "sinks" else "",
+        *([against] if "sinks" in comparison.arms else []),
     ]
     costs = [milliseconds(arm), size(arm.cache_bytes), size(arm.peak_bytes)]
     return [name, arm.contender.keeps, *perplexities, *(["", "", f"= {arm.measured_as}"] if repeats else costs)]

@@ -6,7 +6,7 @@ import math
 
 from sinks.evals.arms import SWEEP
 from sinks.evals.compare import Comparison, Ratio
-from sinks.evals.contenders import Recompute
+from sinks.evals.contenders import Dense, Recompute
 
 CLOSE = 1.03
 """Perplexities within this factor are called equal: a few per cent is what another stretch of text would change."""
@@ -26,8 +26,7 @@ def reading(comparison: Comparison) -> str:
         newlines_sentence(comparison),
         int8_sentence(comparison),
         recompute_sentence(comparison),
-        f"What leaves the {comparison.settings.capacity:,} keys is forgotten: the stream has no end, but the window "
-        "is no longer than before.",
+        forgotten_sentence(comparison),
     )
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -38,7 +37,13 @@ def headline(comparison: Comparison) -> str:
     if without and without.value >= 1.3 and (dense is None or dense.value <= 1.3):
         kept = comparison.settings.sinks
         return f"{plural(kept, 'kept token').capitalize()} {'holds' if kept == 1 else 'hold'} the line"
-    return f"Reading {comparison.tokens:,} tokens with {comparison.settings.capacity:,} keys"
+    within = f"{comparison.settings.capacity:,} keys" if bounded(comparison) else "dense attention"
+    return f"Reading {comparison.tokens:,} tokens with {within}"
+
+
+def bounded(comparison: Comparison) -> bool:
+    """Whether any arm holds so many keys and no more: words about them have a place only then."""
+    return any(not isinstance(arm.contender, Dense) for arm in comparison.arms.values())
 
 
 def window_sentence(comparison: Comparison) -> str | None:
@@ -133,6 +138,16 @@ def recompute_sentence(comparison: Comparison) -> str | None:
     )
 
 
+def forgotten_sentence(comparison: Comparison) -> str | None:
+    """What none of this is: a longer window."""
+    if not bounded(comparison):
+        return None
+    return (
+        f"What leaves the {comparison.settings.capacity:,} keys is forgotten: the stream has no end, but the window "
+        "is no longer than before."
+    )
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What a reader of the table must know, one line each."""
     settings, lines = comparison.settings, []
@@ -152,10 +167,10 @@ def notes(comparison: Comparison) -> list[str]:
             f"* over {recompute.score.singles} sampled tokens (seed {settings.seed})"
             + (f", on which the others have {same}" if same else "")
         )
+    against = "; vs sinks: ratio of the latter on tokens that both scored" if "sinks" in comparison.arms else ""
     lines += [
         f"perplexity: over {comparison.tokens - settings.first_target:,} tokens, all but the first {settings.sinks}; "
-        f"after the first eviction, {int(comparison.after_eviction.sum()):,}; vs sinks: ratio of the latter on tokens "
-        "that both scored",
+        f"after the first eviction, {int(comparison.after_eviction.sum()):,}{against}",
         f"ms a token: median of the last {settings.singles}, read one by one; peak memory: above the loaded model "
         f"({comparison.memory_method})",
     ]

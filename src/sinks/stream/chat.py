@@ -53,6 +53,8 @@ class Dialogue:
             )
         self.tokenizer = tokenizer
         self.model = model
+        if system is not None:
+            check_system(system)
         self._head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         self._added = {token: str(each) for token, each in added.items()}
@@ -222,6 +224,16 @@ class Dialogue:
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+def check_system(system: str) -> None:
+    """Raises InvalidInput unless a system prompt is text that can be written."""
+    if not isinstance(system, str):
+        raise InvalidInput("a system prompt is text: give it as str")
+    try:
+        check_text(system)
+    except InvalidInput as error:
+        raise InvalidInput(f"the system prompt: {error}") from error
 
 
 def check_message(message: str, role: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sinks.cli.terminal.conversation import Conversation
-from sinks.cli.terminal.screen import status
+from sinks.cli.terminal.screen import counted, status
 from sinks.errors import InvalidInput, SinksError
 
 
@@ -60,10 +60,10 @@ def _visible(conversation: Conversation, _: str) -> None:
     session, end = conversation.session, 0
     for span in session.visible.spans:
         if span.start > end:
-            conversation.screen.line(f"[... {span.start - end:,} tokens let go ...]")
+            conversation.screen.line(f"[... {counted(span.start - end, 'token')} let go ...]")
         conversation.screen.line(span.text)
         end = span.stop
-    conversation.screen.line(f"[{session.visible.tokens:,} of {session.seen:,} tokens are visible]")
+    conversation.screen.line(f"[{session.visible.tokens:,} of {counted(session.seen, 'token')} visible]")
 
 
 def _save(conversation: Conversation, file: str) -> None:
@@ -104,7 +104,9 @@ def _window(conversation: Conversation, size: str) -> None:
     if not size.isdecimal():
         raise InvalidInput(f"/window {size}: a window is a whole number of tokens, 1 or more")
     conversation.resize(int(size))
-    conversation.screen.note(f"the last {int(size):,} tokens are kept from here on; what was visible was read anew")
+    kept = "the newest token is" if int(size) == 1 else f"the last {int(size):,} tokens are"
+    anew = "; what was visible was read anew" if conversation.session.seen else ""
+    conversation.screen.note(f"{kept} kept from here on{anew}")
     conversation.screen.status(conversation.session, None)
 
 

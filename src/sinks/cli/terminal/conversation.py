@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sinks.cli.terminal.screen import Screen
+from sinks.cli.flags import take_up
+from sinks.cli.terminal.screen import Screen, counted
 from sinks.cli.terminal.stopping import Stopped, Stopper
 from sinks.errors import InvalidInput
 
@@ -38,7 +39,7 @@ class Conversation:
             try:
                 pieces = self.session.say(message, max_tokens=self.max_tokens, sampling=self._sampling())
             except Stopped:
-                self.screen.note(f"stopped while reading: {self.session.seen:,} tokens are in the stream")
+                self.screen.note(f"stopped while reading: {counted(self.session.seen, 'token')} in the stream")
                 return
             finally:
                 self.stopper.reading = False
@@ -61,9 +62,9 @@ class Conversation:
         self.session = self.session.resized(window, on_evict=self.stopper.heard)
 
     def take_up(self, file: str) -> None:
-        """Go on from a saved moment. Raises InvalidInput for a stream that is no dialogue; nothing changes then."""
+        """Go on from a saved moment. Raises InvalidInput for no such moment, or no dialogue; nothing changes then."""
         session = self.session.fork(on_evict=self.stopper.heard)
-        session.load(file)
+        take_up(session, file)
         check_dialogue(session, file)
         self.session = session
 
@@ -96,7 +97,7 @@ class Conversation:
         self.screen.line()
         written = self.session.seen - seen
         if self.session.finish == "length":
-            self.screen.note(f"cut after {written:,} tokens; /more goes on")
+            self.screen.note(f"cut after {counted(written, 'token')}; /more goes on")
         self.screen.status(self.session, written / (time.perf_counter() - begun))
 
 

@@ -52,11 +52,16 @@ class Screen:
 def status(session: "Session", rate: float | None) -> list[str]:
     """Tokens seen, tokens visible, bytes of keys and values, tokens a second: the most important first."""
     parts = [
-        f"{session.seen:,} tokens seen",
+        f"{counted(session.seen, 'token')} seen",
         f"{session.visible.tokens:,} visible",
         f"{session.nbytes / 1e6:,.1f} MB cache",
     ]
     return parts if rate is None else [*parts, f"{rate:.1f} tokens/s"]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: `1 line`, `2,000 lines`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def fitted(parts: list[str], width: int) -> str:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import GgufConfig
 from sinks.assets.archives import sha256_of
 from sinks.assets.folder import cache_folder, workspace, writable
 from sinks.assets.progress import Progress
-from sinks.errors import AssetError, UnsupportedModel
+from sinks.errors import AssetError, NoModel, UnsupportedModel
 from sinks.models.checkpoints.quiet import quiet
 
 _LAYOUT = 1
@@ -128,7 +128,8 @@ def digest(gguf: Path) -> str:
     """SHA-256 of a GGUF file of the user's, remembered by path, size and time of change.
 
     Raises:
-        AssetError: it is not a GGUF file or cannot be read.
+        NoModel: it is not a GGUF file.
+        AssetError: it cannot be read.
     """
     try:
         with gguf.open("rb") as file:
@@ -137,9 +138,7 @@ def digest(gguf: Path) -> str:
     except OSError as error:
         raise AssetError(f"{gguf} cannot be read ({error.strerror}): check its permissions") from error
     if magic != _MAGIC:
-        raise AssetError(
-            f"{gguf} is not a GGUF file (it begins with {magic!r}): download it again or give another file"
-        )
+        raise NoModel(f"{gguf} is not a GGUF file (it begins with {magic!r}): download it again or give another file")
     key = f"{gguf.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
     note = hashlib.sha256(key.encode()).hexdigest()
     known = cache_folder() / "digests" / note

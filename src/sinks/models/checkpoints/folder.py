@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sinks.errors import AssetError, InvalidInput, UnsafeCheckpoint, UnsupportedModel
+from sinks.errors import AssetError, InvalidInput, NoModel, UnsafeCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,8 @@ def gguf_inside(folder: Path) -> Path | None:
         UnsafeCheckpoint: there are only pickles.
         UnsupportedModel: an adapter without its base model.
         InvalidInput: more than one GGUF file.
-        AssetError: no weights at all, a shard is missing, or no `config.json`.
+        NoModel: no weights at all.
+        AssetError: a shard is missing, or `config.json`.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if WEIGHTS in names or WEIGHTS_INDEX in names:
@@ -72,7 +73,7 @@ def gguf_inside(folder: Path) -> Path | None:
         )
     if pickles := [name for name in names if is_pickle(name)]:
         refuse_pickle(str(folder), pickles)
-    raise AssetError(f"{folder} holds no model: expected {WEIGHTS} and config.json, or one .gguf file")
+    raise NoModel(f"{folder} holds no model: expected {WEIGHTS} and config.json, or one .gguf file")
 
 
 def _expect_complete(folder: Path, names: list[str]) -> None:
