@@ -67,6 +67,15 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
+def full() -> Path:
+    """A disk without room, as the system has it for such tests; only to be opened, never to be replaced."""
+    device = Path("/dev/full")
+    if not device.is_char_device():
+        pytest.skip("this system has no /dev/full")
+    return device
+
+
+@pytest.fixture
 def run_sinks(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command as a person does: `run_sinks("models", "--supported")` in a fresh process and an empty folder.
 

@@ -104,7 +104,7 @@ def test_a_pipe_gets_the_answers_and_nothing_else(
         ("/visible now", 2, "/visible takes nothing behind it, and 'now' was given"),
         ("/window many", 2, "a window is a whole number"),
         ("/window 0", 2, "window=0 is too small"),
-        ("/load nothing", 1, "nothing cannot be read"),
+        ("/load nothing", 2, "nothing cannot be read"),
         ("/back a", 2, "no moment called a is kept: there are none"),
         ("/more", 2, "no unfinished answer"),
     ],
@@ -126,8 +126,9 @@ def test_a_mistake_in_a_pipe_ends_it(
         (["--window", "10000"], 2, "trained on 8192"),
         (["--pin"], 2, "no system prompt to pin"),
         (["--load", "x", "--window", "9", "--no-pin"], 2, "--window, --pin: a saved moment brings its own"),
-        (["--load", "nothing"], 1, "nothing cannot be read"),
+        (["--load", "nothing"], 2, "nothing cannot be read"),
         (["--dtype", "int3"], 2, "int3"),
+        (["--system", "\udcff"], 2, "the system prompt: character 0 of this text is half of a surrogate pair"),
     ],
 )
 def test_flags_that_cannot_be(
@@ -176,7 +177,7 @@ def test_visible_shows_what_was_let_go(conversation: Conversation):
     shown = said_by(conversation, "/visible")
     assert shown == (
         f"{first.text}\n[... {session.evicted:,} tokens let go ...]\n{recent.text}\n"
-        f"[{session.plan.capacity:,} of {session.seen:,} tokens are visible]\n"
+        f"[{session.plan.capacity:,} of {session.seen:,} tokens visible]\n"
     )
 
 
@@ -206,6 +207,16 @@ def test_save_load_and_forget(conversation: Conversation, tmp_path: Path):
     assert said_by(conversation, "first") == begun and SYSTEM in said_by(conversation, "/visible")
     with pytest.raises(SnapshotError):
         answer(conversation, f"/save {tmp_path / 'no' / 'folder'}")
+
+
+def test_a_window_before_anything_was_read(conversation: Conversation):
+    said_by(conversation, "first")
+    screen = conversation.screen
+    assert isinstance(screen, Spoken)
+    for before, said in (("/visible", True), ("/forget", False)):
+        said_by(conversation, before)
+        said_by(conversation, "/window 20")
+        assert ("was read anew" in screen.notes[0]) == said
 
 
 def test_another_window(conversation: Conversation):

@@ -1,10 +1,12 @@
 """The edge of the command line: what a person sees when something is wrong."""
 
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
@@ -121,3 +123,103 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert process.stderr.read() == ""
     assert process.wait() == 1
     process.stderr.close()
+
+
+# Standard streams
+
+
+def sinks_through_a_shell(line: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    python = f"'{sys.executable}'"
+    return subprocess.run(["sh", "-c", line.format(python=python)], capture_output=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("arguments", ["--version", "models", "compare"])
+def test_a_closed_standard_output_is_said_at_once(arguments: str):
+    result = sinks_through_a_shell(f"{{python}} -m sinks {arguments} >&-")
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"sinks: standard output is closed") and result.stderr.count(b"\n") == 1
+
+
+def test_a_closed_standard_error_is_told_nothing():
+    result = sinks_through_a_shell("{python} -m sinks nonsense 2>&-")
+    assert (result.returncode, result.stdout) == (2, b"")
+
+
+def test_a_full_standard_output_is_named(full: Path):
+    with full.open("wb") as out:
+        result = subprocess.run([sys.executable, "-m", "sinks", "--help"], stdout=out, stderr=subprocess.PIPE)
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"sinks: standard output cannot be written (No space left on device)")
+    assert result.stderr.count(b"\n") == 1
+
+
+PRINTING = r"""
+import sys, typer, sinks.cli.main as cli
+app = typer.Typer()
+app.command()(lambda: typer.echo("r\u00e9sum\u00e9 \udcff"))
+cli.build = lambda commands: app
+cli.run()
+"""
+
+
+def test_a_locale_of_ascii_costs_no_output():
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run([sys.executable, "-c", PRINTING], capture_output=True, env=os.environ | plain)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"r?sum? ?\n", b"")
+
+
+# Ctrl-C
+
+
+INTERRUPTED = """
+import os, signal, sys, types
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
+{how}
+"""
+AT_ENTRY = """
+sys.modules["typer"] = None
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sinks.cli.main": interrupt()
+sys.meta_path.insert(0, Finder())
+from sinks.__main__ import run
+run()
+"""
+IN_A_COMMAND = """
+import typer, sinks.cli.main as cli
+def command():
+    {what}
+app = typer.Typer()
+app.command()(command)
+cli.build = lambda commands: app
+cli.run()
+"""
+INSIDE_AN_IMPORT = """
+    import time
+    class Swallower:
+        def find_spec(self, name, path=None, target=None):
+            try:
+                interrupt()
+            except BaseException: pass
+    sys.meta_path.insert(0, Swallower())
+    try:
+        import nothing_of_that_name
+    except ImportError: pass
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        AT_ENTRY,
+        IN_A_COMMAND.replace("{what}", "interrupt()"),
+        IN_A_COMMAND.replace("{what}", "exec('interrupt()')"),
+        IN_A_COMMAND.replace("{what}", INSIDE_AN_IMPORT.strip()),
+    ],
+    ids=["at entry", "in a command", "in text given to exec", "swallowed by an import"],
+)
+def test_ctrl_c_is_one_line(how: str):
+    program = INTERRUPTED.replace("{how}", how)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "sinks: interrupted\n")

@@ -56,6 +56,19 @@ def test_the_list_names_everything_and_creates_nothing(cache: Path):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("width", [20, 40, 79, 80, 100])
+def test_nothing_is_lost_on_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    listed = run().split("Cache folder")[0]
+    assert all(len(line) <= width for line in listed.splitlines())
+    told = json.loads(run("--json"))["built_in"]
+    words = listed.split()
+    for entry in told:
+        for word in (entry["name"], *entry["licence"].split(), *entry["title"].split()):
+            assert width == 20 or word in words, f"{word} at {width} columns"
+            assert word in listed.replace("\n", "")
+
+
 def test_the_list_as_json(cache: Path):
     answer = json.loads(run("--json"))
     entries = {entry["name"]: entry for entry in answer["built_in"]}

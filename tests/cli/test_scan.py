@@ -93,9 +93,9 @@ def test_json_goes_to_standard_output_alone(scan: Command, model: Path, capsys: 
     ("arguments", "status", "message"),
     [
         (("--parts", "sinks"), 2, "no part is called 'sinks': the parts are sink_rates, massive"),
-        (("--context", "0"), 2, "long_tokens must be at least 16, got 0"),
+        (("--context", "0"), 2, "--context 0: give at least 16 tokens"),
         (("--picture", "a.png"), 2, "reads text: leave --picture to vision transformers"),
-        (("--epsilon", "2"), 2, "epsilon=2.0: a share of attention lies between 0 and 1"),
+        (("--epsilon", "2"), 2, "epsilon=2.0: give a share of attention above 0 and below 1"),
         (("--texts", "4000"), 2, "windows of 64 tokens, and 4000 are wanted"),
         (("nothing-here",), 2, "no built-in model, folder or file is called 'nothing-here'"),
         (("--text", "missing.txt"), 2, "no text or file is called 'missing.txt'"),

@@ -131,7 +131,8 @@ def test_next_to_nothing(data: bytes, stream: Command, capsys: pytest.CaptureFix
     assert stream(data) == 0
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == len(data)
-    assert shown.err.startswith(f"{len(data)} lines, {len(data)} tokens, 0 unusual; cache ")
+    read, plural = len(data), "" if len(data) == 1 else "s"
+    assert shown.err.startswith(f"{read} line{plural}, {read} token{plural}, 0 unusual; cache ")
 
 
 def test_how_the_bytes_arrive_changes_nothing(stream: Command, capsys: pytest.CaptureFixture[str]):
@@ -159,7 +160,18 @@ def test_memory_does_not_grow_with_the_stream(stream: Command, capsys: pytest.Ca
     assert resident[-1] - resident[9] < 2 << 20, "not even 1.2 bytes for each of 180,000 tokens"
 
 
+def test_a_mark_of_the_vocabulary_is_read_as_its_letters(stream: Command, capsys: pytest.CaptureFixture[str]):
+    assert stream(b"a <s> b\n<s>\n", "--json") == 0
+    assert [each["tokens"] for each in objects(capsys)] == [7, 4], "<s> is three bytes, or one token"
+
+
 # Going on
+
+
+def test_lines_are_numbered_as_the_input_has_them(stream: Command, capsys: pytest.CaptureFixture[str]):
+    assert stream(b"?\none\n?\n?\ntwo\n", "--continue", "2", "--ask", "?", "--surprise", "--json") == 0
+    numbers = [(each.get("line"), each.get("after_line")) for each in objects(capsys)]
+    assert numbers == [(2, None), (None, 2), (None, 2), (5, None), (None, 5)]
 
 
 def test_a_continuation_is_what_the_model_would_write_and_is_not_read(
@@ -172,7 +184,7 @@ def test_a_continuation_is_what_the_model_would_write_and_is_not_read(
     second = "".join(session.generate(12))
     data = LINES[:55] + b"?\n" + LINES[55:99]
     assert stream(data, "--continue", "12", "--ask", "?", "--json") == 0
-    assert objects(capsys) == [{"after_line": 5, "continuation": first}, {"after_line": 9, "continuation": second}]
+    assert objects(capsys) == [{"after_line": 5, "continuation": first}, {"after_line": 10, "continuation": second}]
     assert stream(data, "--continue", "12", "--surprise") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 10 and lines[5].endswith("  ?") and lines[10].startswith("> ")
@@ -237,7 +249,7 @@ def test_ctrl_c_while_reading_waits_for_the_pass(
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], says: str, stream: Command, capsys: pytest.CaptureFixture[str]):
-    assert stream(LINES, *flags) in (1, 2)
+    assert stream(LINES, *flags) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("sinks: ") and shown.err.count("\n") == 1
@@ -277,3 +289,54 @@ def test_a_reader_that_has_seen_enough(model: Path, tmp_path: Path):
         assert process.wait(60) == 1
         assert process.stderr.read() == b""
     assert (tmp_path / "kept").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_request_to_end_keeps_the_stream(number: signal.Signals, model: Path, tmp_path: Path):
+    with started(model, "--save", str(tmp_path / "kept")) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"first\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        if number == signal.SIGHUP:  # nobody is left to be told
+            process.stdout.close()
+            process.stderr.close()
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    assert (tmp_path / "kept").is_file()
+
+
+def test_a_full_standard_output_costs_no_stream(model: Path, tmp_path: Path, full: Path):
+    command = [sys.executable, "-m", "sinks", "stream", "--model", str(model), *SIZES, "--save", str(tmp_path / "kept")]
+    with full.open("wb") as out:
+        result = subprocess.run(command, input=b"first\n", stdout=out, stderr=subprocess.PIPE)
+    summary, error = result.stderr.decode().splitlines()
+    assert result.returncode == 1 and summary.startswith("1 line, 6 tokens")
+    assert error.startswith("sinks: standard output cannot be written (No space left on device)")
+    assert (tmp_path / "kept").is_file()
+
+
+def test_an_input_that_breaks_costs_no_stream(stream: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def pieces() -> Iterator[bytes]:
+        yield LINES[:550]
+        raise OSError(5, "Input/output error")
+
+    assert stream(pieces(), "--save", "kept") == 1
+    summary, error = capsys.readouterr().err.splitlines()
+    assert summary.startswith("50 lines, 550 tokens")
+    assert error.startswith("sinks: standard input cannot be read (Input/output error)")
+    assert (tmp_path / "kept").is_file()
+
+
+def test_what_this_process_was_told_to_ignore_stays_ignored(stream: Command, capsys: pytest.CaptureFixture[str]):
+    def pieces() -> Iterator[bytes]:
+        yield LINES[:55]
+        os.kill(os.getpid(), signal.SIGHUP)
+        yield LINES[55:110]
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stream(pieces()) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(capsys.readouterr().out.splitlines()) == 10

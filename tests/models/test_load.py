@@ -178,7 +178,7 @@ def test_models_of_another_kind_are_refused(folder: Path):
 
 
 def test_adapters_and_empty_folders_are_refused(tmp_path: Path):
-    with pytest.raises(AssetError, match="holds no model"):
+    with pytest.raises(NoModel, match="holds no model"):
         load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").touch()
@@ -195,7 +195,7 @@ def test_an_unknown_name_lists_the_built_in_ones(name: str):
 def test_one_file_of_a_model_is_not_the_model(folder: Path):
     with pytest.raises(InvalidInput, match="give the folder"):
         load(folder / "model.safetensors")
-    with pytest.raises(AssetError, match="not a GGUF file"):
+    with pytest.raises(NoModel, match="not a GGUF file"):
         load(folder / "config.json")
 
 

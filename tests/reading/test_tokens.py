@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sinks.errors import TextTooShort, UnsupportedOption
-from sinks.reading.tokens import PASSAGE, cut, forgotten_repeats, line_break, stream_ids
+from sinks.reading.tokens import PASSAGE, cut, forgotten_repeats, line_break, plain_ids, stream_ids
 from tests.reading.tiny import BOS, tiny_tokenizer
 
 
@@ -19,6 +19,17 @@ def test_a_stream_begins_as_its_tokenizer_says(bos: bool):
     assert len(ids) == 3000 + bos
     assert (ids[0] == BOS) == bos
     assert BOS not in ids[1:]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_special_tokens_in_a_plain_text_are_letters(bos: bool):
+    tokenizer = tiny_tokenizer(bos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mark|>"]})
+    letters = [tokenizer("<|mark|").input_ids[-1], *tokenizer(">").input_ids[bos:]]
+    for begins in (False, True):
+        ids = plain_ids(tokenizer, "a<|mark|>", begins)
+        assert len(ids) == 9 + (bos and begins) and ids[-2:] == letters
+    assert len(stream_ids(tokenizer, "a<|mark|>")[0]) == 2 + bos, "elsewhere it is still a token"
 
 
 def test_cut_takes_what_is_asked_for_or_all_there_is():

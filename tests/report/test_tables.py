@@ -53,3 +53,12 @@ def test_an_arm_that_stopped_says_so():
 def test_few_arms():
     lines = shown(leave_out=("dense", "recompute", "newlines", *(f"sweep-{kept}" for kept in (0, 1, 2, 4, 8))))
     assert [line.split()[0] for line in lines if line.startswith(("window", "sinks"))] == ["window", "sinks"]
+
+
+def test_no_column_against_sinks_that_were_not_measured():
+    heading = next(line for line in shown(leave_out=("sinks", "sweep-4")) if line.startswith("arm"))
+    assert "sinks" not in heading
+    assert (
+        rows(leave_out=("sinks", "sweep-4"))["window"].split()
+        == "window 0 + 256 24.56 24.53 24.30 34.0 11.8 MB 102 MB".split()
+    )

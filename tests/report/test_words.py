@@ -93,3 +93,11 @@ def test_the_headline_is_a_claim_only_where_it_holds():
 )  # fmt: skip
 def test_sizes(count: float, words: str):
     assert size(count) == words
+
+
+def test_dense_attention_alone_is_told_of_nobody_else():
+    others = {"window", "recompute", "sinks", "newlines", *(f"sweep-{kept}" for kept in SWEEP)}
+    alone = fake_comparison(leave_out=tuple(others))
+    assert reading(alone) == ""
+    assert headline(alone) == "Reading 2,048 tokens with dense attention"
+    assert "sinks" not in " ".join(notes(alone))
