@@ -156,7 +156,7 @@ def test_a_full_standard_output_is_named(full: Path):
 PRINTING = r"""
 import sys, typer, sinks.cli.main as cli
 app = typer.Typer()
-app.command()(lambda: typer.echo("r\u00e9sum\u00e9 \udcff"))
+app.command()(lambda: print("r\u00e9sum\u00e9 \udcff"))
 cli.build = lambda commands: app
 cli.run()
 """

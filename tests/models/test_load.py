@@ -21,6 +21,7 @@ from sinks.errors import (
     AssetError,
     FetchError,
     InvalidInput,
+    NoModel,
     UnknownName,
     UnsafeCheckpoint,
     UnsupportedModel,
