@@ -111,10 +111,18 @@ class Steps:
         if request.ids:  # a step was broken off before it read what it had planned to
             self._read(request.number, len(request.ids))
         if request.finish is None and request.answer is None:
-            ask = request.ask
-            request.answer = row.answer(ask.sampling, ask.max_tokens, ask.stop)
-            self._hand_out(request, request.answer.begin())
+            self._begin_answer(request, row)
         return request.finish is None
+
+    def _begin_answer(self, request: Request, row: Row) -> None:
+        try:
+            answer = row.answer(request.ask.sampling, request.ask.max_tokens, request.ask.stop)
+            held = answer.begin()
+        except Exception as error:
+            self._register.fail(request, error)
+        else:
+            request.answer = answer
+            self._hand_out(request, held)
 
     def _predict(self, rows: dict[Request, Row]) -> None:
         """Logits for each of them, in one pass; where that fails, one by one, so that only the culprits fail."""
