@@ -14,8 +14,8 @@ from sinks.models.attach import attach
 from sinks.models.load import Loaded
 from sinks.models.step.hasten import hasten
 from sinks.models.weights.quantize import quantize
-from sinks.stream.engine.batch import ALONE
 from sinks.stream.engine.engine import Engine
+from sinks.stream.engine.rows.batch import ALONE
 from sinks.stream.sampling import Sampling
 from sinks.stream.session import Session
 from tests.families.tiny import build

@@ -11,10 +11,10 @@ from sinks.cache.plan import Plan, check_whole
 from sinks.cache.snapshot import look_at
 from sinks.errors import EngineClosed, EngineError, InvalidInput
 from sinks.models.load import Loaded
-from sinks.stream.engine.batch import warm_up
 from sinks.stream.engine.register import Register
 from sinks.stream.engine.request import Ask, Request, Stream
-from sinks.stream.engine.row import Given, Ground, Row
+from sinks.stream.engine.rows.batch import warm_up
+from sinks.stream.engine.rows.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler
 from sinks.stream.engine.steps import Steps
 from sinks.stream.engine.worker import Worker

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sinks.cache.plan import check_whole
 from sinks.errors import InvalidInput, RequestFailed, SinksError
 from sinks.stream.answer import Answer, Finish
-from sinks.stream.engine.row import Given, Row
+from sinks.stream.engine.rows.row import Given, Row
 from sinks.stream.sampling import GREEDY, Sampling, check_sampling
 
 LOG = logging.getLogger("sinks")

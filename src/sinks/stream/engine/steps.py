@@ -7,11 +7,11 @@ from functools import partial
 
 from sinks.errors import BrokenCache
 from sinks.stream.answer import Answer
-from sinks.stream.engine.batch import choices, read_newest
 from sinks.stream.engine.flight import Aboard, Flights
 from sinks.stream.engine.register import Register
 from sinks.stream.engine.request import Request
-from sinks.stream.engine.row import Ground, Row
+from sinks.stream.engine.rows.batch import choices, read_newest
+from sinks.stream.engine.rows.row import Ground, Row
 from sinks.stream.engine.schedule import Turn
 from sinks.stream.sampling import no_choice
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sinks.cache.group import Group
 from sinks.models.step.hasten import LeanForward
 from sinks.stream.answer import Answer
-from sinks.stream.engine.row import Ground, Row
+from sinks.stream.engine.rows.row import Ground, Row
 from sinks.stream.sampling import Asked, Choices
 
 ALONE = 8
