@@ -35,6 +35,8 @@ from sinks.models.checkpoints.quiet import quiet
 from sinks.models.load import Source
 
 Colours = tuple[float, float, float]
+Kind = Literal["encoder", "vision"]
+"""Whether a model reads text, or is shown pictures."""
 
 _POOLER = "pooler."
 _NOTES: Mapping[str, str] = {"vision": "backbone of an ONNX export, stock or fine-tuned not stated; mask token zero"}
@@ -137,9 +139,13 @@ def prepare_encoder(name: str | Path, *, progress: Progress | None = None) -> Pa
 
     Raises what `load_encoder` raises, but for a device, a data type and weights, which are not looked at.
     """
-    folder, _ = _find(name, progress)
-    _kind(folder)
-    return folder
+    return look_up_encoder(name, progress=progress)[0]
+
+
+def look_up_encoder(name: str | Path, *, progress: Progress | None = None) -> tuple[Path, Source, Kind]:
+    """What `prepare_encoder` gives, what `load_encoder` will say of where the model comes from, and what it reads."""
+    folder, source = _find(name, progress)
+    return folder, source, _kind(folder)
 
 
 def _find(name: str | Path, progress: Progress | None) -> tuple[Path, Source]:
@@ -175,7 +181,7 @@ def _built_in(asset: ModelAsset, report: Progress) -> Path:
     return found.folder
 
 
-def _kind(folder: Path) -> Literal["encoder", "vision"]:
+def _kind(folder: Path) -> Kind:
     """What the model in `folder` reads, judged by what transformers has it for.
 
     Raises:

@@ -148,10 +148,21 @@ def prepare(
 
     Raises what `load` raises, but for a device, a data type and weights, which are not looked at.
     """
+    return look_up(name, trust_remote_code=trust_remote_code, accept_terms=accept_terms, progress=progress)[0]
+
+
+def look_up(
+    name: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    accept_terms: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, Source]:
+    """What `prepare` gives, and what `load` will say of where the model comes from. Raises what `prepare` raises."""
     with reporting(progress) as report:
-        folder, _ = _find(name, trust_remote_code, accept_terms, report)
+        folder, source = _find(name, trust_remote_code, accept_terms, report)
     check_config(folder, trust_remote_code)
-    return folder
+    return folder, source
 
 
 def _find(
