@@ -1,13 +1,18 @@
 """Files that a person names: what is refused, where links lead, and what stays of the file that is replaced."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sinks import files
+from sinks.assets.pictures import read_pictures
+from sinks.assets.texts import read_text
 from sinks.errors import InvalidInput
 from sinks.files import expanded, node, writable
+from sinks.models.encoders import load_encoder
+from sinks.models.load import load
 from tests.nodes import NODES, kind_of, make
 
 
@@ -94,3 +99,9 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert writable("~/x").path == tmp_path / "x"
     with pytest.raises(InvalidInput, match="'~nobody-at-all/x' begins with a home folder that is not known here"):
         expanded("~nobody-at-all/x")
+
+
+@pytest.mark.parametrize("use", [read_text, read_pictures, load, load_encoder])
+def test_whoever_takes_a_path_knows_the_home_of_nobody(use: Callable[[str], object]):
+    with pytest.raises(InvalidInput, match="begins with a home folder that is not known here: write it out"):
+        use("~nobody-at-all/x")

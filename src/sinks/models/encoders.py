@@ -19,6 +19,7 @@ from sinks.assets.catalogue import ModelAsset, find_model, model_names, models_o
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
 from sinks.errors import AssetError, InvalidInput, UnknownName, UnsupportedModel
+from sinks.files import expanded
 from sinks.models.checkpoints.convert import convert, converted
 from sinks.models.checkpoints.dinov2 import write_dinov2
 from sinks.models.checkpoints.folder import PREPROCESSOR, config_class, gguf_inside, read_json
@@ -110,7 +111,7 @@ def is_encoder(name: str | Path) -> bool:
     asset = find_model(str(name))
     if asset is not None:
         return asset.kind != "causal"
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "config.json").is_file():
         return False
     try:
@@ -155,7 +156,7 @@ def _find(name: str | Path, progress: Progress | None) -> tuple[Path, Source]:
         with reporting(progress) as report:
             folder = _built_in(asset, report)
         return folder, Source(asset.name, "built-in", asset.licence, asset.payload.sha256, _NOTES.get(asset.kind, ""))
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         raise InvalidInput(f"{path} is a file: give the folder that holds the model's safetensors and its config.json")
     if not text or not path.is_dir():

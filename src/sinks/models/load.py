@@ -17,6 +17,7 @@ from sinks.assets.catalogue import DEFAULT_MODEL, ModelAsset, find_model, model_
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
 from sinks.errors import InvalidInput, UnknownName, UnsupportedModel
+from sinks.files import expanded
 from sinks.models.checkpoints.convert import Converted, convert, converted, digest
 from sinks.models.checkpoints.folder import check_config, gguf_inside, is_pickle, refuse_pickle
 from sinks.models.checkpoints.hub import snapshot
@@ -172,7 +173,7 @@ def _find(
     text = DEFAULT_MODEL if name is None else str(name)
     if asset := find_model(text):
         return _from_gguf(_built_in(asset, accept_terms, report), asset.name, "built-in", asset.licence)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return _from_gguf(_file(path, report), str(path), "gguf")
     if text and path.is_dir():
