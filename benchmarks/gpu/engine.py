@@ -32,8 +32,8 @@ from sinks.evals.speed.gpu.shapes import SHAPES
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
 from sinks.models.step.hasten import hasten, steps_of
-from sinks.stream.engine.batch import warm_up
 from sinks.stream.engine.engine import Engine
+from sinks.stream.engine.rows.batch import warm_up
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from sinks.cache import snapshot
 from sinks.cache.cache import SinkCache
 from sinks.cache.fingerprint import fingerprint
-from sinks.cache.snapshot import check_target, read_snapshot, write_snapshot
+from sinks.cache.snapshot import read_snapshot, write_snapshot
 from sinks.errors import (
     BrokenCache,
     DamagedSnapshot,
@@ -352,21 +352,3 @@ def test_a_killed_process_leaves_the_file_before(saved: Path) -> None:
     (left,) = (path for path in saved.parent.iterdir() if path != saved)
     assert left.name.startswith(".stream.sinks.") and left.name.endswith(".saving")
     assert 0 < left.stat().st_size < len(before)
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="in no folder that exists"):
-        write_snapshot(tmp_path / "none" / "s", cache_of(MODEL, 3), PRINT, {})
-
-
-def test_a_file_that_is_no_snapshot_is_never_overwritten(saved: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.txt"
-    mine.write_text("precious")
-    for target, why in ((mine, "is no saved session"), (tmp_path, "is a folder"), (tmp_path / "no" / "x", "no folder")):
-        with pytest.raises(SnapshotError, match=why):
-            check_target(target)
-    assert mine.read_text() == "precious"
-    saved.write_bytes(saved.read_bytes()[:-100])
-    check_target(saved)  # damaged, but ours
-    (tmp_path / "empty").touch()
-    check_target(tmp_path / "empty")

@@ -64,11 +64,20 @@ def test_a_peer_that_is_not_installed_is_said_to_be_so(monkeypatch: pytest.Monke
         (["--window", "300"], "choose a window of at most 252"),
         (["--model", "no such model"], "no such model"),
         (["--json", "text.txt/cpu.json"], "no result can be written"),
+        (["--json", "text.txt"], "'text.txt' is no earlier result of this kind, and stays as it is"),
+        (["--json", "model"], "which is a folder: name a file in it"),
+        (["--json", "model/config.json"], "is no earlier result of this kind"),
     ],
 )
 def test_bad_input_is_one_line(
-    flags: list[str], says: str, bench: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    says: str,
+    bench: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(measure, "race", lambda *_: pytest.fail("it measured first"))
     assert bench(*flags) in (1, 2)
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and says in shown.err

@@ -243,12 +243,15 @@ def test_ctrl_c_while_reading_waits_for_the_pass(
         (["--load", "kept", "--sinks", "4"], "leave out --sinks, --window and --cache"),
         (["--load", "nothing"], "nothing"),
         (["--save", "no/such/folder/kept"], "in no folder that exists"),
+        (["--save", "fifo"], "nothing can be written to 'fifo', which is a FIFO: name a file"),
+        (["--load", "fifo"], "fifo cannot be read, for it is a FIFO: give a saved session"),
         (["--threshold", "-1"], "give a number above 0"),
         (["--warm-up", "600"], "warm up for 2 lines at least"),
         (["--window", "200"], "choose a window of at most"),
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], says: str, stream: Command, capsys: pytest.CaptureFixture[str]):
+    os.mkfifo("fifo")
     assert stream(LINES, *flags) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import pyarrow.parquet as files
 import pytest
 
 from sinks.analysis.survey import Survey
+from sinks.errors import InvalidInput
 from sinks.reading.estimate import Estimate
 from sinks.report.scan.saved import TABLES, from_plain, tables, to_plain
+from sinks.report.survey import SurveyReport
 from tests.report.fake_survey import bare_survey, fake_advice, fake_survey
 
 
@@ -121,3 +124,22 @@ def test_parquet_reads_back():
 def test_arrow_is_imported_only_when_a_table_is_made():
     program = "import sys; import sinks.report.scan.page; sys.exit('pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_folder_holds_the_survey_of_one_model(tmp_path: Path):
+    ours = fake_survey()
+    SurveyReport(ours).save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    theirs = replace(ours, about={**ours.about, "model": {"name": "another"}})
+    with pytest.raises(InvalidInput, match="holds the survey of .*, and the files of another would lie between"):
+        SurveyReport(theirs).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "other.parquet").touch()
+    SurveyReport(replace(ours, advice=None)).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys() - {"advice.parquet"} | {"other.parquet"}
+
+
+def test_tables_of_nobody_knows_whom_are_not_taken_away(tmp_path: Path):
+    (tmp_path / "advice.parquet").write_text("mine")
+    SurveyReport(replace(fake_survey(), advice=None)).save(tmp_path)
+    assert (tmp_path / "advice.parquet").read_text() == "mine"

@@ -21,7 +21,7 @@ from sinks.models.step.hasten import hasten
 from sinks.stream.engine import engine as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.flight import Flights
-from sinks.stream.engine.row import Row
+from sinks.stream.engine.rows.row import Row
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 from tests.reading.tiny import tiny_tokenizer

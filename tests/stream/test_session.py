@@ -240,10 +240,59 @@ def test_nothing_to_go_on_from() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", [{"max_tokens": -1}, {"max_tokens": 1.5}, {"stop": [""]}, {"stop": [3]}])
-def test_wrong_options_are_refused_at_once(wrong: dict) -> None:
-    with pytest.raises(InvalidInput):
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"max_tokens": -1}, "max_tokens=-1"),
+        ({"max_tokens": 1.5}, "max_tokens=1.5"),
+        ({"stop": [""]}, "stop=''"),
+        ({"stop": [3]}, "stop=3"),
+        ({"stop": None}, "stop=None: give strings"),
+        ({"sampling": {"temperature": 1}}, "sampling={'temperature': 1}: give Sampling"),
+        ({"sampling": None}, "sampling=None: give Sampling"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(wrong: dict, told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
         fresh(IDS[:5]).generate(**wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_was_wrong_is_said() -> None:
+    session = opened()
+    with pytest.raises(InvalidInput, match="number 2 of the tokens is -1: token ids are whole numbers from 0 to 256"):
+        session.feed([5, 6, -1])
+    with pytest.raises(InvalidInput, match="int: token ids"):
+        session.feed(7)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"on_evict=3: give a function"):
+        opened(on_evict=3)
+    with pytest.raises(InvalidInput, match=r"logit_bias=\[1\]: give finite numbers"):
+        Sampling(logit_bias=[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_of_ones_own_is_no_loaded_one() -> None:
+    """The likeliest mistake of all."""
+    for wrong in (tiny_loaded().model, 5):
+        with pytest.raises(InvalidInput, match=f"{type(wrong).__name__}: give a model's name.* attach"):
+            Session.open(wrong)  # type: ignore[arg-type]
+    for nothing in (None, torch.nn.Linear(2, 2)):
+        with pytest.raises(InvalidInput, match="attach takes a model of transformers"):
+            attach(nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"sinks": -1}, "sinks=-1 is too small"),
+        ({"sinks": None}, "sinks=None is no"),
+        ({"window": 0}, "window=0 is too"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused_before_anything_is_pinned(sizes: dict, told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        Session.open(tiny_loaded(), **sizes)
 
 
 # For ever

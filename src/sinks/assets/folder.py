@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sinks.errors import AssetError
+from sinks.files import expanded
 
 VARIABLE = "SINKS_CACHE"
 
@@ -34,7 +35,7 @@ def cache_folder() -> Path:
     """
     chosen = os.environ.get(VARIABLE)
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sinks" / "Cache"
     if sys.platform == "darwin":

@@ -13,6 +13,7 @@ from sinks.assets.catalogue import PICTURES, PictureAsset
 from sinks.assets.fetch import fetch
 from sinks.assets.progress import Progress
 from sinks.errors import AssetError, InvalidInput
+from sinks.files import expanded
 
 
 def read_pictures(
@@ -44,7 +45,7 @@ def read_pictures(
         paths = [paths]
     if not paths:
         raise InvalidInput("no picture was given: name at least one file, or none at all for the built-in ones")
-    files = [Path(path).expanduser() for path in paths]
+    files = [expanded(path) for path in paths]
     return [(file.name, _read(file, size)) for file in files]
 
 

@@ -12,6 +12,7 @@ from sinks.assets.catalogue import DEFAULT_TEXT, TEXTS, TextAsset, suggestion
 from sinks.assets.fetch import fetch
 from sinks.assets.progress import Progress
 from sinks.errors import AssetError, InvalidInput, UnknownName
+from sinks.files import expanded
 
 _READERS: Mapping[str, Callable[[Path], str]] = {
     "austen": readers.read_austen,
@@ -52,7 +53,7 @@ def read_text(name_or_path: str | Path = DEFAULT_TEXT, *, progress: Progress | N
     """
     asset = TEXTS.get(str(name_or_path).lower())
     if asset is None:
-        return _from_file(Path(name_or_path).expanduser())
+        return _from_file(expanded(name_or_path))
     if asset.payload is None:
         return _python_reference(asset)
     return _text(asset.name, _READERS[asset.name](fetch(asset.payload, progress)), asset.licence, asset.source)

@@ -19,7 +19,7 @@ from sinks.cache.cache import SinkCache
 from sinks.cache.rings.ring import turn
 from sinks.errors import CacheError, InvalidInput
 from sinks.kernels.lens import Lens
-from sinks.models.step.slots import Seating
+from sinks.models.step.slots import Seating, StepSlots
 
 
 class Group(Cache):
@@ -98,6 +98,10 @@ class Group(Cache):
                 cache.claim()
         positions[len(rows) :] = [-1] * self.idle
         return Seating(first.seats, rows + rows[:1] * self.idle, positions)
+
+    def step_slots(self) -> StepSlots | None:
+        """The slots of the pass now open, where it is one row's, for a step that takes one row alone."""
+        return self.caches[0].step_slots() if len(self.caches) == 1 and not self.idle else None
 
     def close_pass(self, complete: bool) -> None:
         """End the pass: count its tokens, or, if the model raised on the way, take every row back to before it."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sinks.cache.cache import KINDS, RINGS, SinkCache
-from sinks.errors import DamagedSnapshot, OtherModel, OtherVersion, SnapshotError
+from sinks.errors import DamagedSnapshot, InvalidInput, OtherModel, OtherVersion, SnapshotError
+from sinks.files import Target, expanded, node, writable
 
 VERSION = 2
 FORMAT = "sinks.snapshot"
@@ -48,35 +49,38 @@ class Header:
     digest_at: int
 
 
-def check_target(path: str | Path) -> None:
-    """Raises SnapshotError unless a snapshot may be saved as `path`: a new file, or in the place of an older one."""
-    path = Path(path)
+def check_target(path: str | Path) -> Target:
+    """Where a snapshot that is called `path` is written: to a new file, or in the place of an older snapshot.
+
+    Raises SnapshotError if it cannot be written there, or if that would destroy something else.
+    """
     try:
-        if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder: name a file in it" if path.is_dir() else "is in no folder that exists: make it first"
-            raise SnapshotError(f"no session can be saved as '{path}', which {what}")
+        target = writable(path)
         begin = b""
-        if path.exists():
-            with path.open("rb") as file:
+        if target.mode is not None:
+            with target.path.open("rb") as file:
                 begin = file.read(_MARKED)
-        if begin and FORMAT.encode() not in begin:
-            raise SnapshotError(f"'{path}' is no saved session, and stays as it is: choose another name, or delete it")
+    except InvalidInput as error:
+        raise SnapshotError(str(error)) from error
     except OSError as error:
         raise SnapshotError(f"'{path}' cannot be looked at ({error.strerror or error}): choose another name") from error
+    if begin and FORMAT.encode() not in begin:
+        raise SnapshotError(f"'{path}' is no saved session, and stays as it is: choose another name, or delete it")
+    return target
 
 
 def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras: Mapping[str, Tensor]) -> None:
-    """Save `cache`, and tensors that belong beside it, as `path`.
+    """Save `cache`, and tensors that belong beside it, as `path`: `~` is the home folder, and a link is followed.
 
     `model_print` is the `fingerprint` of the cache's model. Whatever happens on the way, `path` afterwards holds either
     what it held before or the whole new file: it is written beside `path`, made durable, and renamed. A process killed
-    in between leaves a file `.NAME.*.saving` behind, which may be deleted.
+    in between leaves a file `.NAME.*.saving` behind, which may be deleted. A new file is private; one that takes the
+    place of another has its mode.
 
     Raises SnapshotError if the folder cannot be written to, or what is there is no snapshot (see `check_target`),
     BrokenCache if a forward pass failed half-way.
     """
-    path = Path(path)
-    check_target(path)
+    target = check_target(path)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -93,7 +97,7 @@ def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras:
     digest = hashlib.sha256(data).hexdigest().encode()
     view = memoryview(data)
     try:
-        _replace(path, [view[:at], memoryview(digest), view[at + len(digest) :]])
+        _replace(target, [view[:at], memoryview(digest), view[at + len(digest) :]])
     except OSError as error:
         raise SnapshotError(
             f"{path} cannot be written ({error.strerror or error}): what it held before is untouched; "
@@ -101,22 +105,16 @@ def write_snapshot(path: str | Path, cache: SinkCache, model_print: str, extras:
         ) from error
 
 
-def _replace(path: Path, parts: list[memoryview]) -> None:
-    """Put a file with these bytes in the place of `path`, durably and in one step."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent)
+def _replace(target: Target, parts: list[memoryview]) -> None:
+    """Put a file with these bytes in the place of `target`, durably and in one step."""
+    chunks = (part[at : at + CHUNK] for part in parts for at in range(0, len(part), CHUNK))
+    written = target.beside(chunks, suffix=".saving", durable=True)
     try:
-        try:
-            for part in parts:
-                while part:
-                    part = part[os.write(handle, part[:CHUNK]) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(name, path)
+        os.replace(written, target.path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -139,7 +137,7 @@ def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) ->
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             header = read_header(path, file)
             _check_digest(path, file, header)
             if header.metadata.get("model") != model_print:
@@ -149,8 +147,6 @@ def read_snapshot(path: str | Path, model: PreTrainedModel, model_print: str) ->
                 )
             file.seek(0)
             held = safetensors.torch.load(file.read())
-    except OSError as error:
-        raise SnapshotError(f"{path} cannot be read ({error.strerror or error}): give a saved session") from error
     except SafetensorError as error:
         _refuse(path, f"its tensors do not agree with its header: {error}")
     try:
@@ -170,9 +166,22 @@ def look_at(path: str | Path) -> Header:
     Raises SnapshotError if there is no such file, DamagedSnapshot or OtherVersion if it cannot be taken up.
     """
     path = Path(path)
+    with _opened(path) as file:
+        return read_header(path, file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file that is called `path`, open for reading. Raises SnapshotError if it cannot be read, or is no file."""
     try:
-        with path.open("rb") as file:
-            return read_header(path, file)
+        real = expanded(path)
+    except InvalidInput as error:
+        raise SnapshotError(str(error)) from error
+    try:
+        if found := node(real):
+            raise SnapshotError(f"{path} cannot be read, for it is {found}: give a saved session")
+        with real.open("rb") as file:
+            yield file
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read ({error.strerror or error}): give a saved session") from error
 

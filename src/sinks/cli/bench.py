@@ -35,7 +35,7 @@ def cpu(
     window: int | None = typer.Option(None, help="Most recent tokens kept, the current one included; by default 1020."),
     threads: int | None = typer.Option(None, help="Threads of every writer; by default one a core."),
     quick: bool = typer.Option(False, "--quick", help="A minute instead of ten: shorter streams and fewer rounds."),
-    json: Path | None = typer.Option(None, help="Also write every number to this file."),
+    json: Path | None = typer.Option(None, help="Also write every number to this file: a new one, or an older result."),
     accept_terms: bool = typer.Option(
         False, "--accept-terms", help="Accept the licence terms of a model that asks for it."
     ),
@@ -53,21 +53,20 @@ def cpu(
     from sinks.evals.speed.entrants import gather
     from sinks.evals.speed.measure import QUICK, Bench, load_average, race, use_threads
     from sinks.report.document import to_json
-    from sinks.report.files import results_folder, write_together
+    from sinks.report.files import results_file
     from sinks.report.speed import provenance, speed_document, speed_summary
 
     load_before = load_average()
     use_threads(os.cpu_count() or 1 if threads is None else threads)
     plan = Plan(DEFAULT_SINKS if sinks is None else sinks, DEFAULT_WINDOW if window is None else window)
     settings = replace(QUICK if quick else Bench(), plan=plan)
-    with results_folder(Path() if json is None else json.parent) as folder, progress_bars() as stage:
+    with results_file(json, mark="writers") as write, progress_bars() as stage:
         read = read_text(text or DEFAULT_TEXT)
         entrants = gather(model, read.text, settings, accept_terms=accept_terms, stage=stage)
         speeds = race(entrants.writers, entrants.ids, settings, stage)
-        if json is not None:
-            source = {key: value for key, value in asdict(read).items() if key != "text"}
-            about = provenance(entrants, source, load_before)
-            write_together(folder, {json.name: to_json(speed_document(settings, speeds, entrants, about)).encode()})
+        source = {key: value for key, value in asdict(read).items() if key != "text"}
+        about = provenance(entrants, source, load_before)
+        write(to_json(speed_document(settings, speeds, entrants, about)))
     console = table_console()
     console.print(speed_summary(settings, speeds, entrants, load_before))
 
@@ -75,7 +74,7 @@ def cpu(
 def gpu(
     quick: bool = typer.Option(False, "--quick", help="Two shapes, two batches and one text instead of everything."),
     only: str | None = typer.Option(None, help="Only this part: decode or attention; by default both."),
-    json: Path | None = typer.Option(None, help="Also write every number to this file."),
+    json: Path | None = typer.Option(None, help="Also write every number to this file: a new one, or an older result."),
 ) -> None:
     """What this GPU does: tokens a second against its ceiling and transformers, attention against FlexAttention.
 
@@ -88,18 +87,17 @@ def gpu(
     from sinks.evals.speed.gpu.bench import QUICK, GpuBench, Measured, measure
     from sinks.evals.speed.gpu.clock import need_gpu
     from sinks.report.document import to_json
-    from sinks.report.files import results_folder, write_together
+    from sinks.report.files import results_file
     from sinks.report.gpu_speed import gpu_document, gpu_summary
 
     settings = QUICK if quick else GpuBench()
     if only is not None:
         settings = replace(settings, parts=(only,))
     need_gpu("bench gpu")
-    with results_folder(Path() if json is None else json.parent) as folder, progress_bars() as stage:
+    with results_file(json, mark="ceilings") as write, progress_bars() as stage:
 
         def keep(found: Measured) -> None:
-            if json is not None:
-                write_together(folder, {json.name: to_json(gpu_document(settings, found)).encode()})
+            write(to_json(gpu_document(settings, found)))
 
         found = measure(settings, stage, keep)
     console = table_console(plain=WIDE)

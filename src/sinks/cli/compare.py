@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TOKENS = 8192
 """Tokens read unless asked otherwise: what the built-in model was trained on, so dense attention is at its best."""
 
+FILES = ("compare.json", "compare.png")
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -81,12 +83,12 @@ def run(flags: Flags) -> None:
     from sinks.report.words import reading
 
     settings = settings_of(flags)
-    with results_folder(flags.out) as folder:
+    with results_folder(flags.out, FILES) as folder:
         comparison, about = measure(flags, settings)
         title = title_of(comparison, about)
         text = to_json(document(comparison, about, reading(comparison)))
         picture = png(comparison_figure(comparison, title))
-        paths = write_together(folder, {"compare.json": text.encode(), "compare.png": picture})
+        paths = write_together(folder, dict(zip(FILES, (text.encode(), picture), strict=True)))
     console = table_console(stderr=flags.json)
     console.print(summary(comparison, title))
     written = " and ".join(str(path) for path in paths)

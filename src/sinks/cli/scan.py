@@ -3,7 +3,8 @@
 import functools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +13,39 @@ import typer
 
 from sinks.cli.flags import AcceptTerms, Device, Dtype
 from sinks.cli.terminal.progress import progress_bars, table_console
+from sinks.files import expanded
 
 if TYPE_CHECKING:
     from sinks.analysis.survey import Survey, SurveySettings
+    from sinks.report.survey import Place
     from sinks.types import Stage
 
 SAVED = "survey.json"
 ATLAS = "atlas.html"
+
+KINDS = {
+    "saved": "a saved survey",
+    "causal": "a causal language model",
+    "encoder": "an encoder of text",
+    "vision": "a vision transformer",
+}
+"""What can be scanned."""
+
+READERS = ({"causal", "encoder"}, "models that read text")
+MEASURED = ({"causal", "encoder", "vision"}, "models that are measured")
+HEEDED = {
+    "text": READERS,
+    "picture": ({"vision"}, "vision transformers, such as dinov2-small"),
+    "quick": READERS,
+    "parts": MEASURED,
+    "epsilon": MEASURED,
+    "texts": READERS,
+    "context": ({"causal"}, "causal language models"),
+    "seed": MEASURED,
+    "device": MEASURED,
+    "dtype": MEASURED,
+}
+"""Which options change what is done with which kinds of model."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +78,22 @@ class Flags:
             "commas between; by default all."
         ),
     ] = None
-    epsilon: Annotated[float, typer.Option(help="Share of attention above which a key counts as a head's sink.")] = 0.3
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Share of attention above which a key counts as a head's sink; by default 0.3."),
+    ] = None
     texts: Annotated[int | None, typer.Option(help="Windows of text for the sink rates; by default 100.")] = None
     context: Annotated[
         int | None, typer.Option(help="Longest text for the dependence on length, in tokens; by default 1024.")
     ] = None
-    seed: Annotated[int, typer.Option(help="Draws windows, random tokens and controls.")] = 0
-    out: Annotated[Path, typer.Option(help="Folder for the page, survey.json and the tables.")] = Path("sinks-scan")
+    seed: Annotated[int | None, typer.Option(help="Draws windows, random tokens and controls; by default 0.")] = None
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the page, survey.json and the tables. It may hold an earlier survey of the same model, "
+            "which is replaced, and none of another model."
+        ),
+    ] = Path("sinks-scan")
     json: Annotated[bool, typer.Option("--json", help="Print survey.json, and the summary on standard error.")] = False
     device: Device = "cpu"
     dtype: Dtype = "float32"
@@ -73,19 +109,18 @@ def register(app: typer.Typer) -> None:
         """Measure the attention sinks of one model, or of several, and draw what was found.
 
         Writes scan.html (one page that needs nothing else), survey.json and Parquet tables; for several models each has
-        a folder of its own, and atlas.html sets them side by side.
+        a folder of its own, and atlas.html sets them side by side. An option that none of them could heed is refused.
         """
         run(Flags(**flags))
 
 
 def run(flags: Flags) -> None:
     """Measure every model, write its files, then the atlas, then print."""
-    from sinks.analysis.survey import Survey
     from sinks.assets.catalogue import DEFAULT_MODEL
     from sinks.errors import InvalidInput
     from sinks.report.files import results_folder, write_together
     from sinks.report.scan.page import atlas, slug
-    from sinks.report.survey import SurveyReport
+    from sinks.report.survey import SurveyReport, survey_folder
 
     names = flags.models or [DEFAULT_MODEL]
     folders = [slug(Path(name).name if Path(name).exists() else name) for name in names]
@@ -93,17 +128,23 @@ def run(flags: Flags) -> None:
         raise InvalidInput(f"{', '.join(names)}: two of these would be written to one folder; scan them one by one")
     settings, console = settings_of(flags), table_console(stderr=flags.json, least=1)
     reports: list[SurveyReport] = []
-    with results_folder(flags.out) as place:
-        sources = [source_of(name, flags) for name in names]  # every mistake before the first minute of measuring
-        for source, folder in zip(sources, folders, strict=True):
-            report = SurveyReport(source if isinstance(source, Survey) else scanned(source, flags, settings))
-            paths = report.save(place / folder if len(names) > 1 else place)
-            show(console, report.survey, paths[0])
+    with ExitStack() as stack:  # every mistake before the first minute of measuring
+        several = stack.enter_context(results_folder(flags.out, [ATLAS])) if len(names) > 1 else None
+        subjects = [subject_of(name, flags) for name in names]
+        refuse_unheeded(flags, settings, subjects)
+        outs = [several / folder for folder in folders] if several else [flags.out]
+        places = [
+            stack.enter_context(survey_folder(out, subject.model)) for out, subject in zip(outs, subjects, strict=True)
+        ]
+        for subject, place in zip(subjects, places, strict=True):
+            report = SurveyReport(subject.saved or scanned(subject.name, flags, settings))
+            paths = report.save(place.folder)
+            show(console, report.survey, paths[0], place)
             reports.append(report)
-        if len(names) > 1:
+        if several:
             links = [f"{folder}/scan.html" for folder in folders]
             page = atlas([report.survey for report in reports], links)
-            console.print(f"Wrote {write_together(place, {ATLAS: page.encode()})[0]}", soft_wrap=True, markup=False)
+            console.print(f"Wrote {write_together(several, {ATLAS: page.encode()})[0]}", soft_wrap=True, markup=False)
     if flags.json:
         from sinks.report.document import to_json
         from sinks.report.scan.saved import to_plain
@@ -121,33 +162,59 @@ def settings_of(flags: Flags) -> "SurveySettings":
     if flags.context is not None and flags.context < least:
         raise InvalidInput(f"--context {flags.context}: give at least {least} tokens")
     asked = PARTS if flags.parts is None else tuple(part.strip() for part in flags.parts.split(",") if part.strip())
-    settings = SurveySettings(parts=asked, epsilon=flags.epsilon, seed=flags.seed)
+    settings = SurveySettings(parts=asked)
     if flags.quick:
         settings = settings.quick()
-    given = {"texts": flags.texts, "long_tokens": flags.context}
+    given = {"epsilon": flags.epsilon, "seed": flags.seed, "texts": flags.texts, "long_tokens": flags.context}
     if flags.context is not None:  # as many tokens in all, but at least one text
         given["long_texts"] = max(1, settings.long_texts * settings.long_tokens // flags.context)
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
-def source_of(name: str, flags: Flags) -> "Survey | str":
-    """What was saved of a model before, or its name, once it is known to be here and to read what was asked for."""
-    from sinks.assets.catalogue import find_model
-    from sinks.errors import InvalidInput
-    from sinks.models.encoders import is_encoder, prepare_encoder
-    from sinks.models.load import prepare
+@dataclass(frozen=True)
+class Subject:
+    """What is scanned: the name as given, its kind, the whole name of the model, and what was saved of it before."""
 
-    path = Path(name).expanduser()
+    name: str
+    kind: str
+    model: str
+    saved: "Survey | None" = None
+
+
+def subject_of(name: str, flags: Flags) -> Subject:
+    """What a name stands for, once it is known to be here."""
+    from sinks.assets.catalogue import find_model
+    from sinks.models.encoders import is_encoder, look_up_encoder
+    from sinks.models.load import look_up
+    from sinks.report.survey import measured_model
+
+    path = expanded(name)
     saved = path / SAVED if path.is_dir() else path
     if find_model(name) is None and saved.is_file() and saved.suffix == ".json":
-        return read_saved(saved)
+        survey = read_saved(saved)
+        return Subject(name, "saved", measured_model(survey.about), survey)
     if is_encoder(name):
-        prepare_encoder(name)
-        return name
-    if flags.picture:
-        raise InvalidInput(f"{name} reads text: leave --picture to vision transformers, such as dinov2-small")
-    prepare(name, accept_terms=flags.accept_terms)
-    return name
+        _, source, kind = look_up_encoder(name)
+        return Subject(name, kind, source.name)
+    _, source = look_up(name, accept_terms=flags.accept_terms)
+    return Subject(name, "causal", source.name)
+
+
+def refuse_unheeded(flags: Flags, settings: "SurveySettings", subjects: Sequence[Subject]) -> None:
+    """Raises InvalidInput for an option that would change nothing for any of these models."""
+    from sinks.errors import InvalidInput
+
+    unset, kinds = Flags(), {subject.kind for subject in subjects}
+    for option, (heeding, whom) in HEEDED.items():
+        if getattr(flags, option) == getattr(unset, option):
+            continue
+        heeded = heeding & kinds
+        if not heeded:
+            they = ", ".join(f"{subject.name} is {KINDS[subject.kind]}" for subject in subjects)
+            raise InvalidInput(f"--{option} would change nothing: it is for {whom}, and {they}; leave it out")
+        windows = option == "texts" and "encoder" in heeded  # whatever is measured of an encoder is measured on them
+        if option in {"epsilon", "texts", "context"} and "sink_rates" not in settings.parts and not windows:
+            raise InvalidInput(f"--{option} would change nothing: it is for sink_rates, which --parts leaves out")
 
 
 def scanned(name: str, flags: Flags, settings: "SurveySettings") -> "Survey":
@@ -236,8 +303,8 @@ def command_line() -> str:
     return shlex.join(["sinks", *sys.argv[1:]])
 
 
-def show(console: Any, survey: "Survey", page: Path) -> None:
-    """The headline, what was found, and where the page is."""
+def show(console: Any, survey: "Survey", page: Path, place: "Place") -> None:
+    """The headline, what was found, where the page is, and what it replaced."""
     from rich.text import Text
 
     from sinks.report.scan.words import dependence, headline, signatures, title
@@ -253,5 +320,7 @@ def show(console: Any, survey: "Survey", page: Path) -> None:
     for reason in dict.fromkeys(survey.left_out.values()):
         parts = ", ".join(part for part, why in survey.left_out.items() if why == reason)
         console.print(Text(f"  left out: {parts} ({reason})", style="dim"))
-    console.print(f"Wrote {page}", soft_wrap=True, highlight=False, markup=False)
+    other = place.before is not None and place.before != survey.about.get("created")
+    replaced = f", in place of the survey of {place.before}" if other else ""
+    console.print(f"Wrote {page}{replaced}", soft_wrap=True, highlight=False, markup=False)
     console.print()

@@ -72,9 +72,11 @@ LENSES: weakref.WeakKeyDictionary[nn.Module, list[Lens]] = weakref.WeakKeyDictio
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model` stream with a `SinkCache`, and return it. Attaching twice is attaching once.
 
-    A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason, and
-    CacheError for a copy of an attached model.
+    A pass without a `SinkCache` still gives exactly what it gave before. Raises UnsupportedModel with the reason,
+    InvalidInput for what is no transformers model, and CacheError for a copy of an attached model.
     """
+    if not (isinstance(model, nn.Module) and hasattr(model, "base_model")):
+        raise InvalidInput(f"{type(model).__name__}: attach takes a model of transformers, the whole of it")
     base = base_of(model)
     if base in _ATTACHED:
         return model

@@ -19,6 +19,7 @@ from sinks.assets.catalogue import ModelAsset, find_model, model_names, models_o
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
 from sinks.errors import AssetError, InvalidInput, UnknownName, UnsupportedModel
+from sinks.files import expanded
 from sinks.models.checkpoints.convert import convert, converted
 from sinks.models.checkpoints.dinov2 import write_dinov2
 from sinks.models.checkpoints.folder import PREPROCESSOR, config_class, gguf_inside, read_json
@@ -35,6 +36,8 @@ from sinks.models.checkpoints.quiet import quiet
 from sinks.models.load import Source
 
 Colours = tuple[float, float, float]
+Kind = Literal["encoder", "vision"]
+"""Whether a model reads text, or is shown pictures."""
 
 _POOLER = "pooler."
 _NOTES: Mapping[str, str] = {"vision": "backbone of an ONNX export, stock or fine-tuned not stated; mask token zero"}
@@ -108,7 +111,7 @@ def is_encoder(name: str | Path) -> bool:
     asset = find_model(str(name))
     if asset is not None:
         return asset.kind != "causal"
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "config.json").is_file():
         return False
     try:
@@ -137,9 +140,13 @@ def prepare_encoder(name: str | Path, *, progress: Progress | None = None) -> Pa
 
     Raises what `load_encoder` raises, but for a device, a data type and weights, which are not looked at.
     """
-    folder, _ = _find(name, progress)
-    _kind(folder)
-    return folder
+    return look_up_encoder(name, progress=progress)[0]
+
+
+def look_up_encoder(name: str | Path, *, progress: Progress | None = None) -> tuple[Path, Source, Kind]:
+    """What `prepare_encoder` gives, what `load_encoder` will say of where the model comes from, and what it reads."""
+    folder, source = _find(name, progress)
+    return folder, source, _kind(folder)
 
 
 def _find(name: str | Path, progress: Progress | None) -> tuple[Path, Source]:
@@ -149,7 +156,7 @@ def _find(name: str | Path, progress: Progress | None) -> tuple[Path, Source]:
         with reporting(progress) as report:
             folder = _built_in(asset, report)
         return folder, Source(asset.name, "built-in", asset.licence, asset.payload.sha256, _NOTES.get(asset.kind, ""))
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         raise InvalidInput(f"{path} is a file: give the folder that holds the model's safetensors and its config.json")
     if not text or not path.is_dir():
@@ -175,7 +182,7 @@ def _built_in(asset: ModelAsset, report: Progress) -> Path:
     return found.folder
 
 
-def _kind(folder: Path) -> Literal["encoder", "vision"]:
+def _kind(folder: Path) -> Kind:
     """What the model in `folder` reads, judged by what transformers has it for.
 
     Raises:

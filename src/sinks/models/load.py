@@ -17,6 +17,7 @@ from sinks.assets.catalogue import DEFAULT_MODEL, ModelAsset, find_model, model_
 from sinks.assets.fetch import fetch_model
 from sinks.assets.progress import Progress, reporting
 from sinks.errors import InvalidInput, UnknownName, UnsupportedModel
+from sinks.files import expanded
 from sinks.models.checkpoints.convert import Converted, convert, converted, digest
 from sinks.models.checkpoints.folder import check_config, gguf_inside, is_pickle, refuse_pickle
 from sinks.models.checkpoints.hub import snapshot
@@ -148,10 +149,21 @@ def prepare(
 
     Raises what `load` raises, but for a device, a data type and weights, which are not looked at.
     """
+    return look_up(name, trust_remote_code=trust_remote_code, accept_terms=accept_terms, progress=progress)[0]
+
+
+def look_up(
+    name: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    accept_terms: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, Source]:
+    """What `prepare` gives, and what `load` will say of where the model comes from. Raises what `prepare` raises."""
     with reporting(progress) as report:
-        folder, _ = _find(name, trust_remote_code, accept_terms, report)
+        folder, source = _find(name, trust_remote_code, accept_terms, report)
     check_config(folder, trust_remote_code)
-    return folder
+    return folder, source
 
 
 def _find(
@@ -161,7 +173,7 @@ def _find(
     text = DEFAULT_MODEL if name is None else str(name)
     if asset := find_model(text):
         return _from_gguf(_built_in(asset, accept_terms, report), asset.name, "built-in", asset.licence)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return _from_gguf(_file(path, report), str(path), "gguf")
     if text and path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,11 +51,14 @@ def given_ids(
         ids = given.tolist()
     elif isinstance(given, Iterable) and not isinstance(given, bytes | bytearray):
         ids = list(given)
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+    wanted = f"token ids are whole numbers from 0 to {vocabulary - 1}, in one row"
+    if not isinstance(ids, list):
         raise InvalidInput(
-            f"token ids are whole numbers from 0 to {vocabulary - 1}, in one row: give a list of them, a tensor of one "
-            "dimension, or a text"
+            f"{type(given).__name__}: {wanted}: give a list of them, a tensor of one dimension, or a text"
         )
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise InvalidInput(f"number {place} of the tokens is {reprlib.repr(token)}: {wanted}")
     return ids
 
 

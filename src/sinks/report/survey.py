@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinks.analysis.survey import Survey, SurveySettings, measure
+from sinks.errors import InvalidInput
 from sinks.reading.provenance import machine, now, versions
 from sinks.report.document import to_json
 from sinks.report.files import results_folder, write_together
 from sinks.report.scan.page import html_card, page
-from sinks.report.scan.saved import tables, to_plain
+from sinks.report.scan.saved import TABLES, tables, to_plain
 from sinks.types import Stage, unwatched
 
 PAGE, PLAIN = "scan.html", "survey.json"
+TABLE_FILES = tuple(f"{name}.parquet" for name in TABLES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +39,16 @@ class SurveyReport:
     def save(self, folder: str | Path) -> list[Path]:
         """Write scan.html, survey.json and a Parquet file a table into `folder`, and return the paths.
 
-        Raises InvalidInput if nothing can be written there.
+        An earlier survey of the same model that lies there is replaced, and those of its tables that this one lacks go.
+        Raises InvalidInput if nothing can be written there, or if the survey of another model lies there.
         """
-        with results_folder(Path(folder)) as place:
-            return write_together(place, self.files)
+        with survey_folder(folder, measured_model(self.survey.about)) as place:
+            files = self.files
+            paths = write_together(place.folder, files)
+            if place.before is not None:
+                for name in set(TABLE_FILES) - files.keys():
+                    (place.folder / name).unlink(missing_ok=True)
+            return paths
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -54,6 +64,51 @@ class SurveyReport:
 
     def _repr_html_(self) -> str:
         return html_card(self.survey)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a survey go. `before` is when the survey that lies there was made; None where none does."""
+
+    folder: Path
+    before: str | None
+
+
+@contextmanager
+def survey_folder(folder: str | Path, model: str) -> Iterator[Place]:
+    """Make `folder` if need be, and prove that a survey of `model` may be saved there, before the work inside begins.
+
+    Files of two models never lie in one folder: some would be of the one, and some of the other. Raises InvalidInput if
+    the survey of another model lies there, or a survey.json that is none, or if no file can be made there.
+    """
+    with results_folder(Path(folder), (PAGE, PLAIN, *TABLE_FILES)) as place:
+        about = earlier(place / PLAIN)
+        if about is not None and (there := measured_model(about)) != model:
+            raise InvalidInput(
+                f"{place} holds the survey of {there}, and the files of {model} would lie between its files: choose "
+                f"another folder, or delete {place} first"
+            )
+        yield Place(place, None if about is None else str(about.get("created", "an earlier time")))
+
+
+def earlier(path: Path) -> Mapping[str, Any] | None:
+    """What a saved survey says about itself, or None where there is no file, or an empty one."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        found = json.loads(content)["about"] if content else None
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be looked at ({error.strerror}): choose another folder") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = ""
+    if found is None or isinstance(found, dict):
+        return found
+    raise InvalidInput(f"{path} is no survey, and stays as it is: choose another folder, or delete it")
+
+
+def measured_model(about: Mapping[str, Any]) -> str:
+    """The whole name of the model that a survey is of; two folders of one name are two models."""
+    model = about.get("model", "")
+    return str(model.get("name", "")) if isinstance(model, Mapping) else str(model)
 
 
 def survey(

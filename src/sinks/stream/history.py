@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from sinks.cache.plan import Plan
+from sinks.errors import InvalidInput
 
 Listen = Callable[[int, list[int]], None]
 """Hears what is let go: the stream position of the first token, and the ids, in order."""
@@ -19,6 +20,8 @@ class History:
     """
 
     def __init__(self, plan: Plan, on_evict: Listen | None = None) -> None:
+        if on_evict is not None and not callable(on_evict):
+            raise InvalidInput(f"on_evict={on_evict!r}: give a function of a position and a list of ids, or None")
         self.plan = plan
         self.on_evict = on_evict
         self.seen = 0

@@ -42,12 +42,22 @@ def loaded_from(model: Loaded | str | Path | None, options: Mapping[str, Any]) -
     """The model by name (None: the built-in one) as `load` gives it with `options`, or as it was loaded; `ready`."""
     if isinstance(model, Loaded) and options:
         raise InvalidInput(f"{', '.join(options)}: this model is loaded already: give them to load() instead")
-    loaded = model if isinstance(model, Loaded) else load(model, **options)
-    return ready(loaded)
+    if not (model is None or isinstance(model, Loaded | str | Path)):
+        raise _no_model(model)
+    return ready(model if isinstance(model, Loaded) else load(model, **options))
+
+
+def _no_model(given: object) -> InvalidInput:
+    return InvalidInput(
+        f"{type(given).__name__}: give a model's name, its folder, or what load() gave; a transformers model of your "
+        "own streams with attach() and SinkCache, or as Loaded(model, tokenizer, source)"
+    )
 
 
 def ready(loaded: Loaded) -> Loaded:
     """The same model, attached; on a GPU its decode steps are hastened where they can be, and the source says so."""
+    if not isinstance(loaded, Loaded):
+        raise _no_model(loaded)
     model = attach(loaded.model)
     if model.device.type != "cuda":
         return loaded

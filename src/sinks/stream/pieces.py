@@ -156,6 +156,8 @@ class Pieces:
 
 def check_stops(stops: Iterable[str]) -> tuple[str, ...]:
     """The stop strings as a tuple. Raises InvalidInput for an empty or overlong one; one string counts as one."""
+    if not isinstance(stops, Iterable):
+        raise InvalidInput(f"stop={stops!r}: give strings, or () for none")
     given = (stops,) if isinstance(stops, str) else tuple(stops)
     for stop in given:
         if not isinstance(stop, str) or not 0 < len(stop) <= LONGEST_STOP:

@@ -78,6 +78,8 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidInput(f"logit_bias={self.logit_bias!r}: {_ASKED['logit_bias']}, as {{id: number}}")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         wrong = [name for name, allowed in self._allowed().items() if not allowed]
         if wrong:
@@ -121,6 +123,12 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raises InvalidInput for what is no `Sampling`."""
+    if not isinstance(sampling, Sampling):
+        raise InvalidInput(f"sampling={sampling!r}: give Sampling(temperature=...), or GREEDY")
+
+
 def no_choice(dtype: torch.dtype) -> UnsupportedOption:
     """What is raised where the best of all logits is not finite."""
     return UnsupportedOption(
@@ -137,6 +145,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator) -> None:
+        check_sampling(sampling)
         self.sampling = sampling
         self.generator = generator
         self._bias: tuple[Tensor, Tensor] | None = None

@@ -154,7 +154,7 @@ class Session:
         loaded = loaded_from(model, options)
         least = pinned(loaded, system, pin)
         sizes = sizes_for(loaded, sinks, window, advice_text)
-        kept = max(sizes.sinks, least)
+        kept = max(Plan(sizes.sinks, sizes.window).sinks, least)
         return cls(loaded, kept, sizes.window, system=system, advice=sizes.advice, on_evict=on_evict, cache=cache)
 
     # What it holds

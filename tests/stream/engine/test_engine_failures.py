@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinks.errors import CacheError, EngineClosed, EngineError, InvalidInput, RequestFailed
+from sinks.stream.answer import Answer
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import BUFFER, Request
 from sinks.stream.engine.steps import Steps
@@ -187,3 +188,45 @@ def test_a_stream_of_another_engine_is_refused():
     stream = engine().join()
     with pytest.raises(InvalidInput, match="another engine"):
         engine().submit(PROMPTS[0], stream=stream)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"sampling": {"temperature": 1}}, "sampling="),
+        ({"sampling": None}, "sampling=None"),
+        ({"stop": None}, "stop=None"),
+        ({"max_tokens": -1}, "max_tokens=-1"),
+        ({"on_news": 3}, "on_news=3"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused_and_harms_nobody(wrong: dict, told: str):
+    together = engine()
+    other = together.submit(PROMPTS[0], max_tokens=5)
+    with pytest.raises(InvalidInput, match=told):
+        together.submit(PROMPTS[1], **wrong)
+    assert other.text() == alone(PROMPTS[0], 5) and (together.waiting, together.held) == (0, 0)
+
+
+def test_an_answer_that_cannot_begin_fails_alone(monkeypatch: pytest.MonkeyPatch):
+    together, begin = engine(), Answer.begin
+    requests = [together.submit(prompt, max_tokens=5) for prompt in PROMPTS[:2]]
+    monkeypatch.setattr(Answer, "begin", lambda answer: begin(answer) if answer.left == 5 else 1 // 0)
+    failing = together.submit(PROMPTS[2], max_tokens=4)
+    with pytest.raises(RequestFailed, match="ZeroDivisionError"):
+        failing.text()
+    assert [request.text() for request in requests] == [alone(prompt, 5) for prompt in PROMPTS[:2]]
+    assert together.held == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_an_engine_is_made_of_is_checked():
+    loaded = tiny_loaded()
+    for slots in (0, -1):
+        with pytest.raises(InvalidInput, match=f"slots={slots} is too small: give 1 or more"):
+            Engine(loaded, slots)
+    with pytest.raises(InvalidInput, match="str: give a model's name"):
+        Engine("x")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="int: join"):
+        engine().join(5)  # type: ignore[arg-type]

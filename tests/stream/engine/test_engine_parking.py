@@ -49,6 +49,20 @@ def test_a_stream_that_is_busy_is_not_parked_but_saved(tmp_path: Path):
     assert request.text() == alone(IDS[:30], 20) == alone(IDS[:30], 7) + "".join(session.generate(13))
 
 
+def test_a_session_and_an_engine_know_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    session = opened()
+    session.feed(IDS[:30])
+    session.save("~/one")
+    stream = engine(slots=1).resume("~/one")
+    text = stream.submit(max_tokens=6).text()
+    stream.park("~/two")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    again = opened()
+    again.load(tmp_path / "two")
+    assert again.seen == 36 and text == alone(IDS[:30], 6)
+
+
 def test_a_stream_that_cannot_be_parked_stays(tmp_path: Path):
     together = engine()
     stream = together.join()

@@ -20,7 +20,7 @@ from sinks.errors import EngineError, QueueFull
 from sinks.stream.engine import row as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import Request, Stream
-from sinks.stream.engine.row import Row
+from sinks.stream.engine.rows.row import Row
 from sinks.stream.session import Session
 from tests.stream.opened import SINKS, WINDOW, opened, tiny_loaded
 from tests.stream.test_session_stateful import IDS, SAMPLING, STOPS

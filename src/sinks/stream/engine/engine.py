@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sinks.cache.cache import DEFAULT_SINKS, DEFAULT_WINDOW, Kind
-from sinks.cache.plan import Plan
+from sinks.cache.plan import Plan, check_whole
 from sinks.cache.snapshot import look_at
-from sinks.errors import EngineClosed, EngineError
+from sinks.errors import EngineClosed, EngineError, InvalidInput
 from sinks.models.load import Loaded
-from sinks.stream.engine.batch import warm_up
 from sinks.stream.engine.register import Register
 from sinks.stream.engine.request import Ask, Request, Stream
-from sinks.stream.engine.row import Given, Ground, Row
+from sinks.stream.engine.rows.batch import warm_up
+from sinks.stream.engine.rows.row import Given, Ground, Row
 from sinks.stream.engine.schedule import Scheduler
 from sinks.stream.engine.steps import Steps
 from sinks.stream.engine.worker import Worker
@@ -51,6 +51,7 @@ class Engine:
         cache: Kind = "full",
     ) -> None:
         """Raises InvalidInput for sizes that make no sense, and what `attach` and `SinkCache.for_model` raise."""
+        check_whole("slots", slots, least=1)
         loaded = ready(loaded)
         self._ground = Ground(loaded, Plan(sinks, window), cache, slots)
         self._worker = Worker(self.step, self._on_fault)
@@ -81,6 +82,8 @@ class Engine:
 
         Raises QueueFull, EngineClosed, and InvalidInput for a wish that makes no sense.
         """
+        if on_news is not None and not callable(on_news):
+            raise InvalidInput(f"on_news={on_news!r}: give a function of nothing, or None")
         ask = Ask(given, max_tokens, check_stops(stop), sampling)
         begins = stream is None or not (stream.begun or stream.source)
         ids = [] if given is None else self._ground.encode(given, begins)
@@ -100,6 +103,8 @@ class Engine:
         InvalidInput for a session of another size.
         """
         if session is not None:
+            if not isinstance(session, Session):
+                raise InvalidInput(f"{type(session).__name__}: join() takes a Session, or nothing")
             with self.between_steps():
                 return self.adopt(Row.of_session(self._ground, session))
         with self._register.lock:

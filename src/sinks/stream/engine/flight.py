@@ -26,7 +26,7 @@ from sinks.models.step.device.step import CHOSEN, DeviceStep, Told
 from sinks.models.step.hasten import LeanForward
 from sinks.stream.answer import Answer
 from sinks.stream.engine.request import Request
-from sinks.stream.engine.row import Ground, Row
+from sinks.stream.engine.rows.row import Ground, Row
 from sinks.stream.sampling import Sampler
 
 LOG = logging.getLogger(__name__)

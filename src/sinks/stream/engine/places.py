@@ -9,7 +9,7 @@ from typing import Any
 
 from sinks.errors import EngineError, QueueFull
 from sinks.stream.engine.request import Stream
-from sinks.stream.engine.row import Row
+from sinks.stream.engine.rows.row import Row
 from sinks.stream.engine.schedule import Scheduler
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from sinks.cache.plan import check_whole
 from sinks.errors import InvalidInput, RequestFailed, SinksError
 from sinks.stream.answer import Answer, Finish
-from sinks.stream.engine.row import Given, Row
-from sinks.stream.sampling import GREEDY, Sampling
+from sinks.stream.engine.rows.row import Given, Row
+from sinks.stream.sampling import GREEDY, Sampling, check_sampling
 
 LOG = logging.getLogger("sinks")
 
@@ -38,6 +38,7 @@ class Ask:
     sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
+        check_sampling(self.sampling)
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, least=0)
 

@@ -7,11 +7,11 @@ from functools import partial
 
 from sinks.errors import BrokenCache
 from sinks.stream.answer import Answer
-from sinks.stream.engine.batch import choices, read_newest
 from sinks.stream.engine.flight import Aboard, Flights
 from sinks.stream.engine.register import Register
 from sinks.stream.engine.request import Request
-from sinks.stream.engine.row import Ground, Row
+from sinks.stream.engine.rows.batch import choices, read_newest
+from sinks.stream.engine.rows.row import Ground, Row
 from sinks.stream.engine.schedule import Turn
 from sinks.stream.sampling import no_choice
 
@@ -111,10 +111,18 @@ class Steps:
         if request.ids:  # a step was broken off before it read what it had planned to
             self._read(request.number, len(request.ids))
         if request.finish is None and request.answer is None:
-            ask = request.ask
-            request.answer = row.answer(ask.sampling, ask.max_tokens, ask.stop)
-            self._hand_out(request, request.answer.begin())
+            self._begin_answer(request, row)
         return request.finish is None
+
+    def _begin_answer(self, request: Request, row: Row) -> None:
+        try:
+            answer = row.answer(request.ask.sampling, request.ask.max_tokens, request.ask.stop)
+            held = answer.begin()
+        except Exception as error:
+            self._register.fail(request, error)
+        else:
+            request.answer = answer
+            self._hand_out(request, held)
 
     def _predict(self, rows: dict[Request, Row]) -> None:
         """Logits for each of them, in one pass; where that fails, one by one, so that only the culprits fail."""
