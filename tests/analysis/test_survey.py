@@ -117,7 +117,7 @@ def test_an_encoder_is_surveyed():
         ({"parts": ()}, "no part was asked for"),
         ({"texts": 1}, "texts must be at least 2, got 1"),
         ({"tokens": 8}, "tokens must be at least 32"),
-        ({"epsilon": 1.0}, "between 0 and 1"),
+        ({"epsilon": 1.0}, "above 0 and below 1"),
         ({"seed": -1}, "seed must be at least 0"),
     ],
 )

@@ -138,7 +138,7 @@ def stop_and_leave(terminal: Terminal) -> None:
     status = next(line for line in told.splitlines() if "tokens seen" in line)
     assert "MB" not in status and "visible" not in status  # no room for it in 24 columns
     terminal.type("/visible\n")
-    assert "user\r\nhello" in terminal.until("are visible]") or "let go" in terminal.shown
+    assert "user\r\nhello" in terminal.until("tokens visible]") or "let go" in terminal.shown
     for _ in range(2):
         terminal.until("> ")
         time.sleep(1)  # readline shows the prompt before it waits; a signal in between would wait for a key

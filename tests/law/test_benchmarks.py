@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.law.tree import ROOT, project_files, python_files
 
@@ -21,7 +22,7 @@ def test_every_benchmark_says_what_it_does(
 ):
     monkeypatch.setattr(sys, "argv", [program.name, "--help"])
     monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
-    with pytest.raises(SystemExit) as ended:
+    with torch.enable_grad(), pytest.raises(SystemExit) as ended:  # whose main switches gradients off, for itself
         runpy.run_path(str(ROOT / program), run_name="__main__")
     assert not ended.value.code
     assert "--json" in capsys.readouterr().out

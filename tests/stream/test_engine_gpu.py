@@ -18,7 +18,7 @@ from sinks.cache.cache import SinkCache
 from sinks.models.attach import attach
 from sinks.models.load import Loaded, Source
 from sinks.models.step.hasten import hasten
-from sinks.stream.engine import engine as room
+from sinks.stream.engine import steps as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.flight import Flights
 from sinks.stream.engine.rows.row import Row

@@ -10,8 +10,8 @@ import torch
 
 from sinks.errors import EngineError, QueueFull
 from sinks.models.step.slots import Seating
-from sinks.stream.engine import row as room
 from sinks.stream.engine.engine import Engine
+from sinks.stream.engine.rows import row as room
 from sinks.stream.sampling import Sampling
 from tests.cache.standin import standing_in
 from tests.stream.engine.rows import PROMPTS, RARE, alone, engine, failing_on, spans

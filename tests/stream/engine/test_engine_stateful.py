@@ -17,9 +17,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from torch import Tensor
 
 from sinks.errors import EngineError, QueueFull
-from sinks.stream.engine import row as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.request import Request, Stream
+from sinks.stream.engine.rows import row as room
 from sinks.stream.engine.rows.row import Row
 from sinks.stream.session import Session
 from tests.stream.opened import SINKS, WINDOW, opened, tiny_loaded

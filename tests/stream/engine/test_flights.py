@@ -22,10 +22,10 @@ from sinks.models.load import Loaded, Source
 from sinks.models.step.device.step import DeviceModel, DeviceStep
 from sinks.models.step.hasten import hasten
 from sinks.stream.engine import request as request_module
-from sinks.stream.engine import row as room
 from sinks.stream.engine.engine import Engine
 from sinks.stream.engine.flight import Flights
 from sinks.stream.engine.request import Request
+from sinks.stream.engine.rows import row as room
 from sinks.stream.sampling import GREEDY, Sampling
 from sinks.stream.session import Session
 from tests.kernels.interpreted import DEVICE, HAS_GPU, needs_triton
