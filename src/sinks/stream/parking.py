@@ -28,6 +28,15 @@ class Parked:
     logits: Tensor | None
     in_dialogue: bool
 
+    def restore(
+        self, history: History, pieces: Pieces, generator: torch.Generator, device: torch.device
+    ) -> Tensor | None:
+        """Put visible ids, text held back and random numbers where they belong; returns the logits, on `device`."""
+        history.adopt(self.history)
+        pieces.pending = self.pending
+        generator.set_state(self.generator)
+        return None if self.logits is None else self.logits.to(device)
+
 
 def pack(
     history: History,

@@ -329,11 +329,8 @@ class Session:
         parked = unpack(path, extras, cache, self._vocabulary_size)
         self._turn, self._answer = self._turn + 1, None
         self._cache = cache
-        self._history.adopt(parked.history)
-        self._pieces.pending = parked.pending
         self._in_dialogue = parked.in_dialogue
-        self._generator.set_state(parked.generator)
-        self._logits = None if parked.logits is None else parked.logits.to(self.loaded.model.device)
+        self._logits = parked.restore(self._history, self._pieces, self._generator, self.loaded.model.device)
 
     def reset(self) -> None:
         """Forget the stream, random numbers included, and give its memory back: as just opened."""

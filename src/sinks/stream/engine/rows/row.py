@@ -156,11 +156,8 @@ class Row:
         ground.check(cache, str(path))
         parked = unpack(path, extras, cache, ground.tokens)
         row.cache = cache
-        row.history.adopt(parked.history)
-        row.pieces.pending = parked.pending
         row.in_dialogue = parked.in_dialogue
-        row.generator.set_state(parked.generator)
-        row.logits = None if parked.logits is None else parked.logits.to(ground.loaded.model.device)
+        row.logits = parked.restore(row.history, row.pieces, row.generator, ground.loaded.model.device)
         return row
 
     @classmethod
